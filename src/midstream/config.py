@@ -1,0 +1,22 @@
+"""Settings. Few, frozen, each with a unit in its name."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class EngineConfig(BaseModel):
+    """How much memory and how many tokens the engine may use.
+
+    `kv_budget_bytes` is the size of the KV pool; None takes a quarter of the free memory, at most what
+    `max_context_tokens` × 8 needs. `max_step_tokens` bounds the tokens of one forward (chunked prefill).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kv_budget_bytes: int | None = Field(default=None, gt=0)
+    max_context_tokens: int | None = Field(default=None, gt=0)
+    max_step_tokens: int = Field(default=512, ge=1)
+    max_running_sequences: int = Field(default=64, ge=1)
+    max_queued_requests: int = Field(default=1024, ge=1)
+    adapter_budget_bytes: int = Field(default=2 * 1024**3, gt=0)

@@ -1,0 +1,142 @@
+"""The exception tree. Each error carries the HTTP status and the OpenAI error code a server would answer with.
+
+MidstreamError
+├── InputError                  the caller's input is wrong; nothing was run
+│   ├── AdapterError            an adapter folder or name
+│   │   ├── AdapterFormatError  a folder breaks the format; lists every violation
+│   │   ├── AdapterNotFound     no adapter of that name is loaded
+│   │   └── AdapterInUse        unload or replace while requests use it
+│   ├── InvocationError         the prompt lacks the adapter's invocation tokens
+│   ├── PromptTooLong           can never fit the context or the KV budget
+│   ├── ConstraintError         a grammar, schema or choice list is invalid
+│   ├── ContractError           an io.yaml contract is invalid
+│   ├── DataError               training or evaluation rows are wrong; lists every bad row
+│   └── ModelError              a model cannot be found, read or served
+├── OverloadedError             the queue is full
+├── DeadlineExceeded            the request's deadline passed
+├── Cancelled                   the caller cancelled the request
+├── OutputError                 a generated output does not fit its contract
+└── EngineStopped               the engine was closed or its loop failed
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class MidstreamError(Exception):
+    """Root of every error this package raises on purpose."""
+
+    status: int = 500
+    code: str = "internal_error"
+
+
+class InputError(MidstreamError):
+    """The caller's input is wrong; nothing was run and no state changed."""
+
+    status = 400
+    code = "invalid_request_error"
+
+
+class AdapterError(InputError):
+    """Something is wrong with an adapter folder or an adapter name."""
+
+    code = "invalid_adapter"
+
+
+class AdapterFormatError(AdapterError):
+    """An adapter folder breaks the format. `violations` lists all of them, not just the first."""
+
+    def __init__(self, folder: str, violations: Sequence[str]) -> None:
+        self.folder = folder
+        self.violations = tuple(violations)
+        super().__init__(f"adapter folder {folder} cannot be loaded: " + "; ".join(self.violations))
+
+
+class AdapterNotFound(AdapterError):
+    """No adapter of that name is loaded."""
+
+    status = 404
+    code = "adapter_not_found"
+
+
+class AdapterInUse(AdapterError):
+    """The adapter is used by running requests or pinned."""
+
+    status = 409
+    code = "adapter_in_use"
+
+
+class InvocationError(InputError):
+    """The prompt does not contain the adapter's invocation tokens, so the adapter would never switch on."""
+
+    code = "invocation_missing"
+
+
+class PromptTooLong(InputError):
+    """The request can never fit the model's context or the KV budget."""
+
+    code = "context_length_exceeded"
+
+
+class ConstraintError(InputError):
+    """A grammar, JSON schema, regular expression or choice list is invalid."""
+
+    code = "invalid_constraint"
+
+
+class ContractError(InputError):
+    """An io.yaml contract is invalid or asks for something unknown."""
+
+    code = "invalid_contract"
+
+
+class DataError(InputError):
+    """Training or evaluation rows are wrong. `problems` lists each with its line number."""
+
+    code = "invalid_data"
+
+    def __init__(self, source: str, problems: Sequence[str]) -> None:
+        self.source = source
+        self.problems = tuple(problems)
+        super().__init__(f"{source}: {len(self.problems)} bad rows: " + "; ".join(self.problems))
+
+
+class ModelError(InputError):
+    """A model cannot be found, read, or served by this engine."""
+
+    code = "model_not_supported"
+
+
+class OverloadedError(MidstreamError):
+    """The request queue is full; try again later."""
+
+    status = 503
+    code = "overloaded"
+
+
+class DeadlineExceeded(MidstreamError):
+    """The request's deadline passed before it finished."""
+
+    status = 504
+    code = "deadline_exceeded"
+
+
+class Cancelled(MidstreamError):
+    """The caller cancelled the request."""
+
+    status = 499
+    code = "cancelled"
+
+
+class OutputError(MidstreamError):
+    """A generated output does not fit its contract."""
+
+    code = "invalid_output"
+
+
+class EngineStopped(MidstreamError):
+    """The engine was closed, or its loop failed."""
+
+    status = 503
+    code = "engine_stopped"

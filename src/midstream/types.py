@@ -1,0 +1,219 @@
+"""Typed values that cross layers. Pydantic where outside data comes in, frozen dataclasses where we make them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Document(_Value):
+    """A retrieved passage."""
+
+    text: str
+    doc_id: str = ""
+    title: str = ""
+
+
+class Message(_Value):
+    """One turn of a chat. `documents` are the passages retrieved for this very turn."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str
+    documents: tuple[Document, ...] = ()
+
+
+class Chat(_Value):
+    """A chat file: messages, and documents that belong to the last user turn."""
+
+    messages: tuple[Message, ...] = Field(min_length=1)
+    documents: tuple[Document, ...] = ()
+
+
+class Choice(_Value):
+    """Constrain the output to exactly one of these strings."""
+
+    kind: Literal["choice"] = "choice"
+    options: tuple[str, ...] = Field(min_length=1)
+
+
+class Regex(_Value):
+    """Constrain the output to a regular expression."""
+
+    kind: Literal["regex"] = "regex"
+    pattern: str
+
+
+class JsonSchema(_Value):
+    """Constrain the output to JSON that fits a schema (a JSON document as text)."""
+
+    kind: Literal["json_schema"] = "json_schema"
+    schema_text: str
+
+
+Constraint = Annotated[Choice | Regex | JsonSchema, Field(discriminator="kind")]
+
+
+class SamplingParams(_Value):
+    """How tokens are chosen. The defaults are greedy decoding.
+
+    `top_logprobs` is the number of alternatives reported for each token (0: only the chosen one's, if `logprobs`).
+    """
+
+    max_tokens: int = Field(default=256, ge=1)
+    temperature: float = Field(default=0.0, ge=0.0, le=10.0, allow_inf_nan=False)
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    top_k: int = Field(default=0, ge=0)
+    min_p: float = Field(default=0.0, ge=0.0, le=1.0)
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
+    stop: tuple[str, ...] = Field(default=(), max_length=16)
+    n: int = Field(default=1, ge=1, le=128)
+    logprobs: bool = False
+    top_logprobs: int = Field(default=0, ge=0, le=20)
+    ignore_eos: bool = False
+    constraint: Constraint | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> SamplingParams:
+        if any(not text for text in self.stop):
+            raise ValueError("stop strings must not be empty")
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs=true")
+        return self
+
+
+class Request(_Value):
+    """One request to a backend: token ids or a chat, at most one adapter, and how to sample.
+
+    With a chat and `invoke`, the history is rendered up to its last message and the adapter's invocation tokens
+    are appended. Without it, the prompt must already contain the invocation of an activated adapter.
+    """
+
+    prompt: tuple[int, ...] | Chat
+    adapter: str | None = None
+    invoke: bool = False
+    params: SamplingParams = SamplingParams()
+    deadline_s: float | None = Field(default=None, gt=0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a request cost, in tokens and forward passes.
+
+    `cached_tokens` = `cached_base_tokens` + `cached_adapter_tokens`, and `prompt_tokens` = cached + computed.
+    `computed_tokens` counts prompt positions whose KV this request computed; forced tokens that a constraint
+    appends are completion tokens. `forwards` counts the engine steps that carried at least one token of the request.
+    """
+
+    prompt_tokens: int
+    cached_base_tokens: int
+    cached_adapter_tokens: int
+    computed_tokens: int
+    completion_tokens: int
+    forwards: int
+
+    @property
+    def cached_tokens(self) -> int:
+        return self.cached_base_tokens + self.cached_adapter_tokens
+
+    def as_dict(self) -> dict[str, int]:
+        """The figures a program reads, by name."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
+            "computed_tokens": self.computed_tokens,
+            "completion_tokens": self.completion_tokens,
+            "forwards": self.forwards,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Natural-log probability of a chosen token, and of the most likely alternatives, before temperature and masks."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionChoice:
+    """One of a request's `n` answers. `probabilities`: of each option of a choice constraint, else None."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    probabilities: dict[str, float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """The answer to a request. `activation_index` is None for the base model and 0 for a plain LoRA."""
+
+    request_id: str
+    choices: tuple[CompletionChoice, ...]
+    usage: Usage
+    prompt_token_ids: tuple[int, ...]
+    adapter: str | None
+    activation_index: int | None
+    seconds: float
+    time_to_first_token_s: float | None = None
+
+    @property
+    def text(self) -> str:
+        return self.choices[0].text
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return self.choices[0].token_ids
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """A piece of a streamed answer. The last one of a stream carries the whole `completion` and no text."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    completion: Completion | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Log-probabilities of given continuations. `logprobs[i][j]`: of token j of continuation i."""
+
+    logprobs: tuple[tuple[float, ...], ...]
+    usage: Usage
+    activation_index: int | None
+    seconds: float
+
+    @property
+    def totals(self) -> tuple[float, ...]:
+        """Summed log-probability of each continuation."""
+        return tuple(sum(row) for row in self.logprobs)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterInfo:
+    """What a caller may know of a loaded adapter."""
+
+    name: str
+    kind: Literal["lora", "alora"]
+    digest: str
+    path: str
+    invocation_tokens: tuple[int, ...]
+    invocation_text: str
+    rank: int
+    size_bytes: int
+    pinned: bool = False
+    metadata: dict[str, Any] = field(default_factory=dict)

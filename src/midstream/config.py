@@ -8,8 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field
 class EngineConfig(BaseModel):
     """How much memory and how many tokens the engine may use.
 
-    `kv_budget_bytes` is the size of the KV pool; None takes a quarter of the free memory, at most what
-    `max_context_tokens` × 8 needs. `max_step_tokens` bounds the tokens of one forward (chunked prefill).
+    `kv_budget_bytes` is the size of the KV pool; None takes 512 MiB or one full context, whichever is larger, and at
+    most a quarter of the free memory. `max_step_tokens` bounds the tokens of one forward (chunked prefill).
+    `max_running_sequences` counts branches: a request with n = 4 has four.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

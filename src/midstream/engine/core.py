@@ -1,0 +1,281 @@
+"""The engine's loop body, synchronous and single-threaded: schedule → run → commit."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from midstream.adapters import Adapter, AdapterRegistry
+from midstream.adapters.weights import LoraWeights
+from midstream.engine.integrity import check_integrity
+from midstream.engine.kv_tree import KVTree
+from midstream.engine.output import OutputWriter
+from midstream.engine.request import Branch, Job
+from midstream.engine.sampler import choose, logprob_of
+from midstream.engine.scheduler import Scheduler
+from midstream.engine.step import Step
+from midstream.errors import DeadlineExceeded, EngineStopped, MidstreamError, OverloadedError
+from midstream.types import AdapterInfo, Completion, Delta, Score, TokenLogprob
+
+log = logging.getLogger(__name__)
+
+
+class StepRunner(Protocol):
+    """What the core needs of the runner; the tests give it another."""
+
+    def run(self, step: Step) -> dict[Branch, Tensor]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Figures of a running engine."""
+
+    kv_used_bytes: int
+    kv_total_bytes: int
+    cached_nodes: int
+    running: int
+    queued: int
+    forwards: int
+
+
+class EngineCore:
+    """All mutable state of an engine: the tree, the queue, the running jobs and the adapters."""
+
+    def __init__(
+        self,
+        *,
+        tree: KVTree,
+        scheduler: Scheduler,
+        registry: AdapterRegistry,
+        writer: OutputWriter,
+        max_queued: int,
+        bytes_per_slot: int,
+    ) -> None:
+        self.tree = tree
+        self.scheduler = scheduler
+        self.registry = registry
+        self._writer = writer
+        self._max_queued = max_queued
+        self._bytes_per_slot = bytes_per_slot
+        self._jobs: dict[str, Job] = {}
+        self._digests: dict[str, Adapter] = {}
+        self.forwards = 0
+
+    # ------------------------------------------------------------------ jobs
+
+    def add(self, job: Job) -> None:
+        """Queue a job whose adapter the caller has acquired. Raises OverloadedError when the queue is full."""
+        queued = len({branch.job.request_id for branch in self.scheduler.waiting})
+        if queued >= self._max_queued:
+            raise OverloadedError(f"{queued} requests are queued already; try again later")
+        self._jobs[job.request_id] = job
+        if job.adapter is not None:
+            self._digests[job.adapter.digest] = job.adapter
+        for branch in job.branches:
+            self._jump(branch)
+        unfinished = [branch for branch in job.branches if branch.finish is None]
+        self.scheduler.add(unfinished)
+        self._report(job)
+
+    def cancel(self, request_id: str, error: MidstreamError) -> None:
+        """End a job at once and free what it holds; unknown or finished ones are left alone."""
+        job = self._jobs.get(request_id)
+        if job is not None:
+            self._end(job, error)
+
+    def fail_all(self, error: MidstreamError) -> None:
+        for job in list(self._jobs.values()):
+            self._end(job, error)
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    # ------------------------------------------------------------------ the loop body
+
+    def step(self, runner: StepRunner) -> bool:
+        """One forward. False when there was nothing to do."""
+        self._expire()
+        step = self.scheduler.schedule()
+        if step is None:
+            return False
+        try:
+            logits = runner.run(step)
+        except Exception as error:
+            # The forward's jobs cannot go on; everything else can, and the tree knows of no KV that is not there.
+            log.exception("a forward failed")
+            self._fail(step, error)
+            return True
+        self.commit(step, logits)
+        return True
+
+    def commit(self, step: Step, logits: Mapping[Branch, Tensor]) -> None:
+        """Note the KV that the step computed, sample, and tell the listeners."""
+        self.forwards += 1
+        self._account(step)
+        touched: dict[Job, None] = {}
+        for harvest in step.harvests:
+            branch = harvest.branch
+            touched[branch.job] = None
+            try:
+                self._advance(branch, logits[branch])
+            except MidstreamError as error:
+                self._end(branch.job, error)
+        for job in touched:
+            if not job.done:
+                self._report(job)
+
+    def _account(self, step: Step) -> None:
+        jobs: dict[Job, None] = {}
+        for segment in step.segments:
+            segment.node.computed = max(segment.node.computed, segment.offset + segment.count)
+            branch = segment.branch
+            jobs[branch.job] = None
+            in_tail = branch.lease is not None and segment.node in branch.lease.tail
+            # Each branch computes the last prompt token for itself; the prompt has it once.
+            if not in_tail or branch.index == 0:
+                branch.job.charge(segment.position, segment.count)
+        for job in jobs:
+            job.forwards += 1
+
+    def _advance(self, branch: Branch, logits: Tensor) -> None:
+        if branch.job.continuations is not None:
+            self._score(branch, logits)
+        else:
+            self._sample(branch, logits[-1])
+        if branch.finish is not None:
+            self.scheduler.retire(branch)
+
+    def _score(self, branch: Branch, logits: Tensor) -> None:
+        done = len(branch.scores)
+        targets = torch.tensor(branch.output[done : done + logits.shape[0]], device=logits.device)
+        logprobs = torch.log_softmax(logits[: len(targets)], dim=-1)
+        branch.scores.extend(logprobs.gather(1, targets[:, None])[:, 0].tolist())
+        if len(branch.scores) >= len(branch.output):
+            branch.finish = "scored"
+
+    def _sample(self, branch: Branch, logits: Tensor) -> None:
+        job = branch.job
+        matcher = branch.matcher
+        allowed = logits if matcher is None else matcher.restrict(logits)
+        token = choose(allowed, job.params, branch.generator)
+        if job.params.logprobs:
+            branch.logprobs.append(logprob_of(logits, token, job.params.top_logprobs))
+        if job.first_token_at is None:
+            job.first_token_at = time.perf_counter()
+        if matcher is not None:
+            matcher.accept(token)
+        self._take(branch, token)
+        self._jump(branch)
+
+    def _jump(self, branch: Branch) -> None:
+        """Append the tokens that the branch's constraint forces, without a forward each."""
+        matcher = branch.matcher
+        if matcher is None or branch.finish == "stop":
+            return
+        for token in matcher.forced():
+            if branch.finish is not None:
+                break
+            if branch.job.params.logprobs:
+                # Nothing was computed for a forced token: the constraint makes it certain.
+                branch.logprobs.append(TokenLogprob(token, 0.0))
+            self._take(branch, token)
+        if matcher.finished:
+            self._writer.finish_whole(branch)
+
+    def _take(self, branch: Branch, token: int) -> None:
+        self._writer.take(branch, token)
+        if branch.finish is None and branch.lease is not None:
+            self.tree.append(branch.lease, token)
+
+    # ------------------------------------------------------------------ telling the listeners
+
+    def _report(self, job: Job) -> None:
+        if job.streaming:
+            for branch in job.branches:
+                delta = self._writer.pending(branch)
+                if delta is not None:
+                    job.listener(delta)
+        if job.finished:
+            self._close(job)
+            job.listener(self._result(job))
+
+    def _result(self, job: Job) -> Completion | Score | Delta:
+        seconds = time.perf_counter() - job.started
+        if job.continuations is not None:
+            scores = tuple(tuple(branch.scores) for branch in job.branches)
+            return Score(scores, job.usage(), job.activation, seconds)
+        completion = Completion(
+            request_id=job.request_id,
+            choices=tuple(self._writer.choice(branch) for branch in job.branches),
+            usage=job.usage(),
+            prompt_token_ids=job.prompt,
+            adapter=job.adapter.spec.name if job.adapter is not None else None,
+            activation_index=job.activation,
+            seconds=seconds,
+            time_to_first_token_s=None if job.first_token_at is None else job.first_token_at - job.started,
+        )
+        return Delta(0, "", completion=completion) if job.streaming else completion
+
+    def _end(self, job: Job, error: MidstreamError) -> None:
+        if job.done:
+            return
+        self.scheduler.remove(job)
+        self._close(job)
+        job.listener(error)
+
+    def _close(self, job: Job) -> None:
+        job.done = True
+        self._jobs.pop(job.request_id, None)
+        if job.adapter is None:
+            return
+        digest = job.adapter.digest
+        self.registry.release(job.adapter)
+        if not any(other.owner == digest for other in self._jobs.values()):
+            self._digests.pop(digest, None)
+
+    def _expire(self) -> None:
+        now = time.perf_counter()
+        for job in [j for j in self._jobs.values() if j.deadline is not None and j.deadline < now]:
+            assert job.deadline is not None
+            limit = job.deadline - job.started
+            self._end(job, DeadlineExceeded(f"request {job.request_id} did not finish within {limit:.3f} s"))
+
+    def _fail(self, step: Step, error: Exception) -> None:
+        for job in {segment.branch.job: None for segment in step.segments}:
+            self._end(job, EngineStopped(f"the forward of request {job.request_id} failed: {error}"))
+
+    # ------------------------------------------------------------------ adapters and figures
+
+    def add_adapter(self, adapter: Adapter, *, pin: bool) -> AdapterInfo:
+        """Register a loaded adapter, in place of one of the same name."""
+        self.registry.add(adapter, pin=pin)
+        return next(info for info in self.registry.infos() if info.name == adapter.spec.name)
+
+    def weights_of(self, digest: str) -> Mapping[str, LoraWeights]:
+        return self._digests[digest].weights
+
+    def stats(self) -> EngineStats:
+        used = self.tree.num_slots - self.tree.slots.num_free
+        return EngineStats(
+            kv_used_bytes=used * self._bytes_per_slot,
+            kv_total_bytes=self.tree.num_slots * self._bytes_per_slot,
+            cached_nodes=sum(1 for _ in self.tree.nodes()),
+            running=len(self.scheduler.running),
+            queued=len(self.scheduler.waiting),
+            forwards=self.forwards,
+        )
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError where an invariant of the tree, the leases or the registry is broken."""
+        check_integrity(self.tree)
+        self.registry.check_integrity()
+        leases = {branch.lease for branch in self.scheduler.running}
+        if leases != self.tree.leases:
+            raise AssertionError("leases are held that no running branch has")

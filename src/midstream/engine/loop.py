@@ -1,0 +1,70 @@
+"""The engine's thread: runs steps while there is work, and everybody else's calls between them.
+
+All state of the core is touched by this thread alone, so nothing needs a lock but the inbox.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from midstream.engine.core import EngineCore, StepRunner
+from midstream.errors import EngineStopped
+
+T = TypeVar("T")
+
+
+class EngineLoop:
+    """Owns the thread. Start it once, close it once."""
+
+    def __init__(self, core: EngineCore, runner: StepRunner) -> None:
+        self._core = core
+        self._runner = runner
+        self._inbox: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._wake = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="midstream-engine", daemon=True)
+        self._thread.start()
+
+    def call(self, function: Callable[[], T]) -> Future[T]:
+        """Run a function on the engine's thread between two steps. Raises EngineStopped after `close`."""
+        future: Future[T] = Future()
+        with self._wake:
+            if self._closing:
+                raise EngineStopped("the engine is closed")
+            self._inbox.append((function, future))
+            self._wake.notify()
+        return future
+
+    def close(self) -> None:
+        """End all jobs with EngineStopped and wait for the thread."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                while not (self._inbox or self._core.has_work or self._closing):
+                    self._wake.wait()
+                calls, self._inbox = self._inbox, deque()
+                closing = self._closing
+            for function, future in calls:
+                _answer(function, future)
+            if closing:
+                self._core.fail_all(EngineStopped("the engine was closed"))
+                return
+            self._core.step(self._runner)
+
+
+def _answer(function: Callable[[], Any], future: Future[Any]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(function())
+    except BaseException as error:  # the caller's, whatever it is; the loop goes on
+        future.set_exception(error)

@@ -1,0 +1,106 @@
+"""From sampled tokens to text: growing a branch's output, stop strings, and pieces for streaming."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from midstream.engine.request import Branch
+from midstream.types import CompletionChoice, Delta
+
+Decode = Callable[[Sequence[int]], str]
+
+_INCOMPLETE = "�"
+
+
+class OutputWriter:
+    """Takes a branch's tokens one by one, decides when it is finished, and cuts its text at stop strings."""
+
+    def __init__(self, decode: Decode, eos: frozenset[int]) -> None:
+        self._decode = decode
+        self._eos = eos
+
+    def take(self, branch: Branch, token: int) -> None:
+        """Append a token to the output. Sets `finish` where the branch ends with it."""
+        params = branch.job.params
+        branch.output.append(token)
+        ends = token in self._eos and not params.ignore_eos
+        if not ends:
+            self._write(branch)
+        if branch.stop_at is not None or ends:
+            branch.finish = "stop"
+        elif len(branch.output) >= params.max_tokens:
+            branch.finish = "length"
+        if branch.finish is not None and branch.stop_at is None:
+            self._flush(branch)
+
+    def finish_whole(self, branch: Branch) -> None:
+        """End a branch whose constraint is met."""
+        if branch.finish is None or branch.finish == "length":
+            branch.finish = "stop"
+            self._flush(branch)
+
+    def pending(self, branch: Branch) -> Delta | None:
+        """What has come since the last call and can no longer be part of a stop string."""
+        safe = len(branch.text)
+        if branch.finish is None:
+            safe -= _held_back(branch.text, branch.job.params.stop)
+        tokens = tuple(branch.output[branch.emitted_tokens :])
+        text = branch.text[branch.emitted_chars : safe]
+        if not text and not tokens:
+            return None
+        logprobs = tuple(branch.logprobs[branch.emitted_tokens :])
+        branch.emitted_chars = max(branch.emitted_chars, safe)
+        branch.emitted_tokens = len(branch.output)
+        return Delta(branch.index, text, tokens, logprobs)
+
+    def choice(self, branch: Branch) -> CompletionChoice:
+        """A finished branch as a caller sees it."""
+        assert branch.finish is not None
+        assert branch.finish != "scored"
+        return CompletionChoice(
+            index=branch.index,
+            text=branch.text,
+            token_ids=tuple(branch.output),
+            finish_reason=branch.finish,
+            logprobs=tuple(branch.logprobs) if branch.job.params.logprobs else None,
+            probabilities=branch.matcher.probabilities() if branch.matcher is not None else None,
+        )
+
+    def _write(self, branch: Branch) -> None:
+        """Decode what is new. Bytes of a character that is not whole yet wait for its other tokens."""
+        context = max(0, branch.decoded_to - 4)
+        before = self._decode(branch.output[context : branch.decoded_to])
+        after = self._decode(branch.output[context:])
+        if after.endswith(_INCOMPLETE):
+            return
+        branch.text += after[len(before) :]
+        branch.decoded_to = len(branch.output)
+        self._cut_at_stop(branch)
+
+    def _flush(self, branch: Branch) -> None:
+        tokens = branch.output
+        if tokens and tokens[-1] in self._eos and not branch.job.params.ignore_eos:
+            tokens = tokens[:-1]
+        context = max(0, branch.decoded_to - 4)
+        if branch.decoded_to < len(tokens):
+            before = self._decode(tokens[context : branch.decoded_to])
+            branch.text += self._decode(tokens[context:])[len(before) :]
+            branch.decoded_to = len(tokens)
+            self._cut_at_stop(branch)
+
+    def _cut_at_stop(self, branch: Branch) -> None:
+        found = [at for stop in branch.job.params.stop if (at := branch.text.find(stop)) >= 0]
+        if found:
+            branch.stop_at = min(found)
+            branch.text = branch.text[: branch.stop_at]
+
+
+def _held_back(text: str, stops: Sequence[str]) -> int:
+    """Length of the longest end of `text` that a stop string begins with."""
+    longest = 0
+    for stop in stops:
+        for length in range(min(len(stop) - 1, len(text)), longest, -1):
+            if stop.startswith(text[-length:]):
+                longest = length
+                break
+    return longest

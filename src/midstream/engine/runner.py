@@ -1,0 +1,76 @@
+"""Runs a Step: packs its tokens, sets the adapters' rows, and gives the logits that the step's branches need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from midstream.adapters.weights import LoraWeights
+from midstream.engine.kv_tree import Node
+from midstream.engine.request import Branch
+from midstream.engine.step import Segment, Step
+from midstream.models.attention import ForwardPlan, KVPool
+from midstream.models.attention_plan import AttentionPlan, Range, RowSegment
+from midstream.models.linear import DeltaGroup
+from midstream.models.load import LoadedModel
+
+WeightsOf = Callable[[str], Mapping[str, LoraWeights]]
+
+
+class Runner:
+    """One model and its KV pool. `weights_of` gives the weights of an adapter by its digest."""
+
+    def __init__(self, loaded: LoadedModel, num_slots: int, weights_of: WeightsOf) -> None:
+        self._loaded = loaded
+        self._weights_of = weights_of
+        self._pool = KVPool(loaded.kv_shapes, num_slots, loaded.dtype, loaded.device)
+
+    @torch.inference_mode()
+    def run(self, step: Step) -> dict[Branch, Tensor]:
+        """Forward the step. For each harvested branch: logits [rows, vocab] in float32."""
+        device = self._loaded.device
+        tokens = [token for segment in step.segments for token in segment.tokens]
+        positions = [segment.position + i for segment in step.segments for i in range(segment.count)]
+        rows = [row for harvest in step.harvests for row in harvest.rows]
+        attention = AttentionPlan(
+            tuple(_row_segment(segment) for segment in step.segments), self._loaded.dtype, device, step.num_tokens
+        )
+        groups = [DeltaGroup(digest, a, b, self._weights_of(digest)) for digest, a, b in step.groups]
+        self._loaded.deltas.set(groups)
+        try:
+            output = self._loaded.model(
+                input_ids=torch.tensor([tokens], device=device),
+                position_ids=torch.tensor([positions], device=device),
+                use_cache=False,
+                # A step of nothing but prefill needs no logits; one row keeps every head's shape legal.
+                logits_to_keep=torch.tensor(rows or [0], device=device),
+                midstream_plan=ForwardPlan(attention, self._pool),
+            )
+        finally:
+            self._loaded.deltas.set(())
+        return _by_branch(step, output.logits[0].float())
+
+
+def _by_branch(step: Step, logits: Tensor) -> dict[Branch, Tensor]:
+    harvested: dict[Branch, Tensor] = {}
+    at = 0
+    for harvest in step.harvests:
+        harvested[harvest.branch] = logits[at : at + len(harvest.rows)]
+        at += len(harvest.rows)
+    return harvested
+
+
+def _row_segment(segment: Segment) -> RowSegment:
+    node = segment.node
+    seen = [_whole(ancestor) for ancestor in segment.ancestors]
+    # A single row sees all that is before it and itself, so its own slot joins the range before it.
+    own = segment.offset + 1 if segment.count == 1 else segment.offset
+    if own:
+        seen.append(Range(node.start, own, node.position))
+    return RowSegment(segment.row, segment.count, segment.position, node.start + segment.offset, tuple(seen))
+
+
+def _whole(node: Node) -> Range:
+    return Range(node.start, len(node.tokens), node.position)

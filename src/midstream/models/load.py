@@ -1,0 +1,204 @@
+"""Loading a base model for the engine: any transformers causal LM whose attention the engine can serve."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from midstream.errors import ModelError
+from midstream.models.attention import NAME, ForwardPlan, KVPool
+from midstream.models.attention_plan import AttentionPlan, RowSegment
+from midstream.models.chat import ChatTokenizer
+from midstream.models.linear import DeltaContext, can_pack, wrap_linears
+from midstream.models.source import resolve
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_PROBE_TOKENS = 12
+# Largest difference between our logits and transformers' own in the probe, relative to the largest logit.
+_PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A base model ready for the engine. `linear_shapes`: (out, in) of each adaptable layer by module path."""
+
+    name: str
+    model: nn.Module
+    chat: ChatTokenizer
+    deltas: DeltaContext
+    linear_shapes: dict[str, tuple[int, int]]
+    kv_shapes: list[tuple[int, int]]
+    vocab_size: int
+    max_context_tokens: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+def load_model(
+    model: str | Path, *, dtype: str | None = None, device: str | None = None, progress: bool = False
+) -> LoadedModel:
+    """Load a known name, a Hugging Face folder or hub id, or a GGUF file.
+
+    Raises ModelError when it cannot be found, read or served, with the reason.
+    """
+    target = pick_device(device)
+    kind = pick_dtype(dtype, target)
+    folder = resolve(model, progress=progress)
+    chat = ChatTokenizer.from_folder(folder)
+    with _loading_bar(progress):
+        network = _from_folder(folder, kind)
+    return prepare(network.to(target), chat, name=Path(str(model)).stem if Path(model).exists() else str(model))
+
+
+def prepare(network: Any, chat: ChatTokenizer, *, name: str) -> LoadedModel:
+    """Make a transformers causal LM servable, or raise ModelError with the reason that it is not."""
+    network.eval()
+    config = network.config.get_text_config()
+    _refuse_known(config)
+    device, dtype = network.device, network.dtype
+    kv_shapes = _kv_shapes(config)
+    _probe(network, config, kv_shapes)
+    network.set_attn_implementation(NAME)
+    deltas = DeltaContext()
+    with torch.inference_mode():
+        shapes = wrap_linears(network, deltas, pack=can_pack(dtype, device))
+    return LoadedModel(
+        name=name,
+        model=network,
+        chat=chat,
+        deltas=deltas,
+        linear_shapes=shapes,
+        kv_shapes=kv_shapes,
+        vocab_size=config.vocab_size,
+        max_context_tokens=int(getattr(config, "max_position_embeddings", 0) or 4096),
+        dtype=dtype,
+        device=device,
+    )
+
+
+def pick_device(device: str | None) -> torch.device:
+    """The named device, else CUDA where there is one, else the CPU."""
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ModelError(f"unknown device {device!r}: {error}") from error
+    if chosen.type not in ("cpu", "cuda"):
+        raise ModelError(f"device {device!r} is not supported: use cpu or cuda")
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError("device cuda was asked for, but torch sees no CUDA device")
+    return chosen
+
+
+def pick_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
+    """The named type, else bfloat16 where the processor computes it natively, else float32."""
+    if dtype is not None:
+        if dtype not in _DTYPES:
+            raise ModelError(f"unknown dtype {dtype!r}: use one of {', '.join(_DTYPES)}")
+        return _DTYPES[dtype]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.bfloat16 if can_pack(torch.bfloat16, device) else torch.float32
+
+
+def _from_folder(folder: Path, dtype: torch.dtype) -> Any:
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        _refuse_known(config.get_text_config())
+        return AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, attn_implementation="eager")
+    except ModelError:
+        raise
+    except Exception as error:
+        # transformers raises many types here (missing files, unknown architectures, broken weights).
+        raise ModelError(f"cannot load a causal language model from {folder}: {error}") from error
+
+
+@contextlib.contextmanager
+def _loading_bar(shown: bool) -> Iterator[None]:
+    if shown or not transformers_logging.is_progress_bar_enabled():
+        yield
+        return
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.enable_progress_bar()
+
+
+def _refuse_known(config: Any) -> None:
+    """Refuse what can be told from the configuration, with a reason in words."""
+    kinds = set(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ())
+    foreign = kinds - {"full_attention", "sliding_attention", "attention"}
+    if foreign:
+        raise ModelError(
+            f"{config.model_type}: layers of type {', '.join(sorted(foreign))} keep a state that is not "
+            "per-token keys and values, so no prefix of theirs can be shared; this engine cannot serve them"
+        )
+    for name in ("kv_lora_rank", "attn_logit_softcapping", "attention_chunk_size"):
+        if getattr(config, name, None):
+            raise ModelError(f"{config.model_type}: {name}={getattr(config, name)} is not implemented")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{config.model_type} is an encoder-decoder; this engine serves decoder-only models")
+    if getattr(config, "use_bidirectional_attention", False):
+        raise ModelError(f"{config.model_type}: bidirectional attention has no reusable prefix")
+
+
+def _kv_shapes(config: Any) -> list[tuple[int, int]]:
+    heads = getattr(config, "num_attention_heads", None)
+    if not isinstance(heads, int):
+        raise ModelError(f"{config.model_type}: the configuration names no attention heads")
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return [(kv_heads, dim)] * config.num_hidden_layers
+
+
+@torch.inference_mode()
+def _probe(network: Any, config: Any, kv_shapes: list[tuple[int, int]]) -> None:
+    """Run a few tokens with our attention and with transformers' own; refuse the model if they differ.
+
+    This finds what no list of architectures can: layers that do not call the attention function, arguments that it
+    does not implement, a plan that is not passed through.
+    """
+    ids = torch.arange(_PROBE_TOKENS, device=network.device) * 7 % config.vocab_size
+    reference = _logits(network, ids)
+    network.set_attn_implementation(NAME)
+    try:
+        plan = probe_plan(kv_shapes, _PROBE_TOKENS, network.dtype, network.device)
+        ours = _logits(network, ids, midstream_plan=plan)
+    except (RuntimeError, TypeError, IndexError, KeyError, AttributeError) as error:
+        raise ModelError(f"{config.model_type} cannot be served: {error}") from error
+    missing = set(range(len(kv_shapes))) - plan.layers_seen
+    if missing:
+        raise ModelError(
+            f"{config.model_type} cannot be served: layers {sorted(missing)} do not use the shared attention "
+            "function (recurrent state, or an attention of their own)"
+        )
+    error = float((ours - reference).abs().max() / reference.abs().max().clamp(min=1e-6))
+    if not error <= _PROBE_TOLERANCE[network.dtype]:
+        raise ModelError(
+            f"{config.model_type} cannot be served: its logits differ by {error:.1e} (relative) from "
+            "transformers' own; its attention does something that this engine does not implement"
+        )
+
+
+def probe_plan(
+    kv_shapes: list[tuple[int, int]], tokens: int, dtype: torch.dtype, device: torch.device
+) -> ForwardPlan:
+    """A plan for one sequence of `tokens` tokens from an empty cache."""
+    pool = KVPool(kv_shapes, tokens, dtype, device)
+    segment = RowSegment(row=0, count=tokens, position=0, slot=0, seen=())
+    return ForwardPlan(AttentionPlan((segment,), dtype, device, tokens), pool)
+
+
+def _logits(network: Any, ids: Tensor, **kwargs: Any) -> Tensor:
+    positions = torch.arange(len(ids), device=ids.device)[None]
+    output = network(input_ids=ids[None], position_ids=positions, use_cache=False, **kwargs)
+    logits: Tensor = output.logits[0].float()
+    return logits

@@ -27,10 +27,31 @@ class KVPool:
         self.keys = [torch.empty(h, num_slots, d, dtype=dtype, device=device) for h, d in shapes]
         self.values = [torch.empty(h, num_slots, d, dtype=dtype, device=device) for h, d in shapes]
 
+    def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Put key and value [kv_heads, rows, head_dim] into `slots`; return the layer's whole keys and values."""
+        keys, values = self.keys[layer], self.values[layer]
+        keys.index_copy_(1, slots, key)
+        values.index_copy_(1, slots, value)
+        return keys, values
+
     @staticmethod
     def bytes_per_slot(shapes: list[tuple[int, int]], dtype: torch.dtype) -> int:
         """Bytes of one token's keys and values over all layers."""
         return sum(2 * heads * dim for heads, dim in shapes) * dtype.itemsize
+
+
+class ProbePool(KVPool):
+    """A pool for one sequence from slot 0 on, whose shapes the model itself shows at its first forward."""
+
+    def __init__(self) -> None:
+        super().__init__([], 0, torch.float32, torch.device("cpu"))
+        self.shapes: dict[int, tuple[int, int]] = {}
+
+    def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        if key.shape != value.shape:
+            raise RuntimeError(f"keys {tuple(key.shape)} and values {tuple(value.shape)} of one layer differ in shape")
+        self.shapes[layer] = (key.shape[0], key.shape[2])
+        return key, value
 
 
 class ForwardPlan:
@@ -39,7 +60,6 @@ class ForwardPlan:
     def __init__(self, attention: AttentionPlan, pool: KVPool) -> None:
         self.attention = attention
         self.pool = pool
-        self.layers_seen: set[int] = set()
 
 
 def attention(
@@ -63,11 +83,8 @@ def attention(
         if kwargs.get(name) is not None:
             raise RuntimeError(f"attention with {name} is not implemented")
     layer: int = module.layer_idx  # type: ignore[assignment]
-    midstream_plan.layers_seen.add(layer)
-    keys, values = midstream_plan.pool.keys[layer], midstream_plan.pool.values[layer]
     plan = midstream_plan.attention
-    keys.index_copy_(1, plan.write_slots, key[0])
-    values.index_copy_(1, plan.write_slots, value[0])
+    keys, values = midstream_plan.pool.write(layer, plan.write_slots, key[0], value[0])
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     merged = _Merged(plan.num_rows)
     for call in plan.calls(sliding_window):

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from midstream.errors import ModelError
-from midstream.models.attention import NAME, ForwardPlan, KVPool
+from midstream.models.attention import NAME, ForwardPlan, ProbePool
 from midstream.models.attention_plan import AttentionPlan, RowSegment
 from midstream.models.chat import ChatTokenizer
 from midstream.models.linear import DeltaContext, can_pack, wrap_linears
@@ -64,8 +64,7 @@ def prepare(network: Any, chat: ChatTokenizer, *, name: str) -> LoadedModel:
     config = network.config.get_text_config()
     _refuse_known(config)
     device, dtype = network.device, network.dtype
-    kv_shapes = _kv_shapes(config)
-    _probe(network, config, kv_shapes)
+    kv_shapes = _probe(network, config)
     network.set_attn_implementation(NAME)
     deltas = DeltaContext()
     with torch.inference_mode():
@@ -150,18 +149,11 @@ def _refuse_known(config: Any) -> None:
         raise ModelError(f"{config.model_type}: bidirectional attention has no reusable prefix")
 
 
-def _kv_shapes(config: Any) -> list[tuple[int, int]]:
-    heads = getattr(config, "num_attention_heads", None)
-    if not isinstance(heads, int):
-        raise ModelError(f"{config.model_type}: the configuration names no attention heads")
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return [(kv_heads, dim)] * config.num_hidden_layers
-
-
 @torch.inference_mode()
-def _probe(network: Any, config: Any, kv_shapes: list[tuple[int, int]]) -> None:
+def _probe(network: Any, config: Any) -> list[tuple[int, int]]:
     """Run a few tokens with our attention and with transformers' own; refuse the model if they differ.
+
+    Returns each layer's (kv_heads, head_dim).
 
     This finds what no list of architectures can: layers that do not call the attention function, arguments that it
     does not implement, a plan that is not passed through.
@@ -170,11 +162,13 @@ def _probe(network: Any, config: Any, kv_shapes: list[tuple[int, int]]) -> None:
     reference = _logits(network, ids)
     network.set_attn_implementation(NAME)
     try:
-        plan = probe_plan(kv_shapes, _PROBE_TOKENS, network.dtype, network.device)
-        ours = _logits(network, ids, midstream_plan=plan)
+        pool = ProbePool()
+        segment = RowSegment(row=0, count=_PROBE_TOKENS, position=0, slot=0, seen=())
+        plan = AttentionPlan((segment,), network.dtype, network.device, _PROBE_TOKENS)
+        ours = _logits(network, ids, midstream_plan=ForwardPlan(plan, pool))
     except (RuntimeError, TypeError, IndexError, KeyError, AttributeError) as error:
         raise ModelError(f"{config.model_type} cannot be served: {error}") from error
-    missing = set(range(len(kv_shapes))) - plan.layers_seen
+    missing = set(range(config.num_hidden_layers)) - set(pool.shapes)
     if missing:
         raise ModelError(
             f"{config.model_type} cannot be served: layers {sorted(missing)} do not use the shared attention "
@@ -186,15 +180,7 @@ def _probe(network: Any, config: Any, kv_shapes: list[tuple[int, int]]) -> None:
             f"{config.model_type} cannot be served: its logits differ by {error:.1e} (relative) from "
             "transformers' own; its attention does something that this engine does not implement"
         )
-
-
-def probe_plan(
-    kv_shapes: list[tuple[int, int]], tokens: int, dtype: torch.dtype, device: torch.device
-) -> ForwardPlan:
-    """A plan for one sequence of `tokens` tokens from an empty cache."""
-    pool = KVPool(kv_shapes, tokens, dtype, device)
-    segment = RowSegment(row=0, count=tokens, position=0, slot=0, seen=())
-    return ForwardPlan(AttentionPlan((segment,), dtype, device, tokens), pool)
+    return [pool.shapes[layer] for layer in sorted(pool.shapes)]
 
 
 def _logits(network: Any, ids: Tensor, **kwargs: Any) -> Tensor:

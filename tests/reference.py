@@ -43,7 +43,7 @@ def logits(model: Any, tokens: Sequence[int], adapter: str | None = None) -> Ten
 def greedy(model: Any, tokens: Sequence[int], adapter: str | None, steps: int) -> list[int]:
     """PEFT's own greedy continuation; it goes on over end-of-sequence tokens."""
     ids = torch.tensor([list(tokens)])
-    options = {"max_new_tokens": steps, "min_new_tokens": steps, "do_sample": False, "pad_token_id": 0}
+    options = {"max_new_tokens": steps, "do_sample": False, "pad_token_id": 0}
     options["attention_mask"] = torch.ones_like(ids)
     if adapter is None:
         with model.disable_adapter():

@@ -1,0 +1,91 @@
+"""Calling intrinsics: one, or several on one conversation at once (the fan-out)."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from midstream.backend import Backend
+from midstream.errors import AdapterNotFound, MidstreamError
+from midstream.intrinsics.parse import parse
+from midstream.intrinsics.render import render
+from midstream.intrinsics.spec import load_contract
+from midstream.types import AdapterInfo, Chat, Completion, Usage
+
+
+@dataclass(frozen=True, slots=True)
+class IntrinsicResult:
+    """What an intrinsic found. `probabilities` are of each label, where the response is one of some labels."""
+
+    intrinsic: str
+    result: Any
+    probabilities: dict[str, float] | None
+    usage: Usage
+    activation_index: int | None
+    seconds: float
+    completion: Completion
+
+    def as_dict(self) -> dict[str, Any]:
+        """The form that programs read."""
+        return {
+            "intrinsic": self.intrinsic,
+            "result": self.result,
+            "probabilities": self.probabilities,
+            "usage": self.usage.as_dict(),
+            "activation_index": self.activation_index,
+            "seconds": self.seconds,
+        }
+
+
+async def call_intrinsic(
+    backend: Backend,
+    adapter: AdapterInfo,
+    conversation: tuple[int, ...] | Chat,
+    arguments: Mapping[str, Any] | None = None,
+) -> IntrinsicResult:
+    """Call one intrinsic. Raises InputError, OutputError, or what the backend raises."""
+    contract = load_contract(adapter)
+    request = await render(backend, adapter, contract, conversation, arguments)
+    completion = await backend.complete(request)
+    choice = completion.choices[0]
+    probabilities = choice.probabilities
+    if probabilities is not None:
+        probabilities = {json.loads(option): share for option, share in probabilities.items()}
+    return IntrinsicResult(
+        intrinsic=adapter.name,
+        result=parse(choice.text, contract, adapter.name),
+        probabilities=probabilities,
+        usage=completion.usage,
+        activation_index=completion.activation_index,
+        seconds=completion.seconds,
+        completion=completion,
+    )
+
+
+async def call_intrinsics(
+    backend: Backend,
+    names: Sequence[str],
+    conversation: tuple[int, ...] | Chat,
+    arguments: Mapping[str, Mapping[str, Any]] | None = None,
+) -> list[IntrinsicResult | MidstreamError]:
+    """Call several intrinsics on one conversation together; one that fails leaves the others their results."""
+    known = {info.name: info for info in await backend.adapters()}
+    arguments = arguments or {}
+
+    async def one(name: str) -> IntrinsicResult | MidstreamError:
+        try:
+            return await call_intrinsic(backend, find(known, name), conversation, arguments.get(name))
+        except MidstreamError as error:
+            return error
+
+    return await asyncio.gather(*(one(name) for name in names))
+
+
+def find(known: Mapping[str, AdapterInfo], name: str) -> AdapterInfo:
+    """The adapter of that name. Raises AdapterNotFound, which lists what there is."""
+    if name not in known:
+        raise AdapterNotFound(f"no adapter {name!r} is loaded (loaded: {', '.join(sorted(known)) or 'none'})")
+    return known[name]

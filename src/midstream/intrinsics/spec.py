@@ -1,0 +1,76 @@
+"""The contract of an intrinsic: io.yaml in its adapter's folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+
+from midstream.errors import ContractError
+from midstream.types import AdapterInfo, Choice, Constraint, JsonSchema
+
+
+class Contract(BaseModel):
+    """What an intrinsic is given and gives. A folder without io.yaml has the empty contract: plain text."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    model: str | None = None
+    response_format: str | None = None
+    transformations: list[Any] | None = None
+    instruction: str | None = None
+    parameters: dict[str, Any] | None = None
+    sentence_boundaries: dict[str, str] | None = None
+    docs_as_message: str | None = None
+    logprobs_workaround: Any = None
+    name: str | None = None
+
+    @field_validator("response_format")
+    @classmethod
+    def _is_schema(cls, value: str | None) -> str | None:
+        if value is not None and not isinstance(json.loads(value), dict):
+            raise ValueError("response_format is not a JSON object")
+        return value
+
+    @property
+    def json_schema(self) -> dict[str, Any] | None:
+        return None if self.response_format is None else json.loads(self.response_format)
+
+    def labels(self) -> tuple[str, ...]:
+        """The labels of a response that is one of some strings; else none."""
+        schema = self.json_schema or {}
+        options = schema.get("enum", ())
+        if schema.get("type", "string") == "string" and options and all(isinstance(o, str) for o in options):
+            return tuple(options)
+        return ()
+
+    def constraint(self) -> Constraint | None:
+        """How decoding is held to the response format."""
+        if labels := self.labels():
+            return Choice(options=tuple(json.dumps(label) for label in labels))
+        return None if self.response_format is None else JsonSchema(schema_text=self.response_format)
+
+
+def load_contract(adapter: AdapterInfo) -> Contract:
+    """The contract in an adapter's folder. Raises ContractError that names the file and all that is wrong."""
+    path = Path(adapter.path) / "io.yaml"
+    if not path.is_file():
+        return Contract()
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        contract = Contract.model_validate(content)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ContractError(f"{path} cannot be read: {error}".replace("\n", " ")) from error
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
+        raise ContractError(f"{path}: {wrong}") from error
+    unsupported = [
+        field for field in ("transformations", "sentence_boundaries", "docs_as_message", "logprobs_workaround")
+        if getattr(contract, field)
+    ]
+    if unsupported:
+        raise ContractError(f"{path} asks for {', '.join(unsupported)}, which this version does not carry out")
+    return contract

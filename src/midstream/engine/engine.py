@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from pathlib import Path
 from typing import TypeVar
 
@@ -91,25 +92,24 @@ class AsyncEngine:
 
     async def complete(self, request: Request) -> Completion:
         """Run a request to its end. Raises InputError before it runs, other MidstreamErrors while it does."""
-        async for outcome in self._outcomes(request, streaming=False):
-            assert isinstance(outcome, Completion)
-            return outcome
-        raise AssertionError("a request ended without an outcome")
+        async with aclosing(self._outcomes(request, streaming=False)) as outcomes:
+            outcome = await anext(outcomes)
+        assert isinstance(outcome, Completion)
+        return outcome
 
-    async def stream(self, request: Request) -> AsyncIterator[Delta]:
+    async def stream(self, request: Request) -> AsyncGenerator[Delta, None]:
         """Run a request and yield its text as it comes. Closing the iterator cancels the request."""
-        async for outcome in self._outcomes(request, streaming=True):
-            assert isinstance(outcome, Delta)
-            yield outcome
-            if outcome.completion is not None:
-                return
+        async with aclosing(self._outcomes(request, streaming=True)) as outcomes:
+            async for outcome in outcomes:
+                assert isinstance(outcome, Delta)
+                yield outcome
 
     async def score(self, request: Request, continuations: Sequence[Sequence[int]]) -> Score:
         """Log-probabilities of each continuation (token ids) after the prompt, in as few forwards as fit a step."""
-        async for outcome in self._outcomes(request, streaming=False, continuations=continuations):
-            assert isinstance(outcome, Score)
-            return outcome
-        raise AssertionError("a request ended without an outcome")
+        async with aclosing(self._outcomes(request, streaming=False, continuations=continuations)) as outcomes:
+            outcome = await anext(outcomes)
+        assert isinstance(outcome, Score)
+        return outcome
 
     async def tokenize(self, prompt: str | Chat) -> tuple[int, ...]:
         return self.chat.encode(prompt) if isinstance(prompt, str) else self.chat.prompt(prompt)
@@ -164,7 +164,7 @@ class AsyncEngine:
         *,
         streaming: bool,
         continuations: Sequence[Sequence[int]] | None = None,
-    ) -> AsyncIterator[Outcome]:
+    ) -> AsyncGenerator[Outcome, None]:
         loop = asyncio.get_running_loop()
         outcomes: asyncio.Queue[Outcome] = asyncio.Queue()
 

@@ -1,0 +1,273 @@
+"""Sampling, stopping, constraints, scores, streaming, cancelling, deadlines and the queue."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from midstream.engine.engine import AsyncEngine
+from midstream.engine.sampler import choose, make_generator
+from midstream.errors import (
+    AdapterNotFound,
+    ConstraintError,
+    DeadlineExceeded,
+    EngineStopped,
+    InputError,
+    MidstreamError,
+    OverloadedError,
+)
+from midstream.types import Choice, JsonSchema, Regex, Request, SamplingParams
+from tests.engine.conftest import SETTINGS, loaded
+from tests.reference import logits
+from tests.tiny import tiny_chat
+
+TEXT = tuple(range(40, 70))
+
+
+def request(**params: Any) -> Request:
+    return Request(prompt=TEXT, params=SamplingParams(**params))
+
+
+async def test_scores_are_the_models_own(engine: AsyncEngine, model: Any) -> None:
+    continuations = [[1, 2, 3], [4], [1, 2, 9, 9]]
+    score = await engine.score(Request(prompt=TEXT), continuations)
+    for row, continuation in zip(score.logprobs, continuations, strict=True):
+        table = logits(model, [*TEXT, *continuation]).log_softmax(-1)
+        expected = [float(table[len(TEXT) - 1 + i, token]) for i, token in enumerate(continuation)]
+        assert row == pytest.approx(expected, abs=1e-3)
+    assert score.usage.computed_tokens == len(TEXT)
+    assert score.usage.forwards == 1
+
+
+async def test_a_choice_costs_one_forward_and_its_probabilities_are_exact(engine: AsyncEngine, model: Any) -> None:
+    answer = await engine.complete(request(constraint=Choice(options=('"yes"', '"no"'))))
+    assert answer.text in ('"yes"', '"no"')
+    assert answer.usage.forwards == 1
+    quote, yes, no = (tiny_chat().encode(t)[0] for t in ('"', "y", "n"))
+    row = logits(model, [*TEXT, quote])[-1][[yes, no]].softmax(-1).tolist()
+    assert answer.choices[0].probabilities == pytest.approx({'"yes"': row[0], '"no"': row[1]}, abs=1e-4)
+
+
+async def test_a_choice_whose_option_begins_another(engine: AsyncEngine) -> None:
+    seen = set()
+    for seed in range(12):
+        params = {"constraint": Choice(options=("ab", "abc", "x")), "temperature": 3.0, "seed": seed}
+        answer = await engine.complete(request(**params))
+        seen.add(answer.text)
+        assert answer.choices[0].finish_reason == "stop"
+    assert seen <= {"ab", "abc", "x"}
+    assert len(seen) > 1
+
+
+async def test_a_regex_and_a_schema_hold_whatever_the_model_likes(engine: AsyncEngine) -> None:
+    for seed in range(4):
+        pattern = r"[a-c]{2,5}-\d{3}"
+        text = (await engine.complete(request(constraint=Regex(pattern=pattern), temperature=2.0, seed=seed))).text
+        assert re.fullmatch(pattern, text)
+        schema = {
+            "type": "object",
+            "properties": {"grounded": {"type": "boolean"}, "score": {"type": "integer", "minimum": 0, "maximum": 9}},
+            "required": ["grounded", "score"],
+            "additionalProperties": False,
+        }
+        constraint = JsonSchema(schema_text=json.dumps(schema))
+        done = await engine.complete(request(constraint=constraint, temperature=2.0, seed=seed))
+        assert set(json.loads(done.text)) == {"grounded", "score"}
+        assert done.usage.forwards < done.usage.completion_tokens / 2, "forced runs are jumped over"
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [Regex(pattern="(["), JsonSchema(schema_text="{"), JsonSchema(schema_text='{"type": "nonsense"}'), Choice(options=("",))],
+)
+async def test_invalid_constraints_are_refused_and_harm_nobody(engine: AsyncEngine, constraint: Any) -> None:
+    good = asyncio.create_task(engine.complete(request(max_tokens=20)))
+    with pytest.raises(ConstraintError):
+        await engine.complete(request(constraint=constraint))
+    assert (await good).usage.completion_tokens > 0
+
+
+async def test_a_choice_that_cannot_fit_is_refused(engine: AsyncEngine) -> None:
+    with pytest.raises(ConstraintError, match="max_tokens is 2"):
+        await engine.complete(request(max_tokens=2, constraint=Choice(options=("longer", "no"))))
+
+
+async def test_stop_strings_cut_the_text_also_across_tokens(engine: AsyncEngine) -> None:
+    whole = await engine.complete(request(max_tokens=30, ignore_eos=True))
+    stop = whole.text[9:12]
+    done = await engine.complete(request(max_tokens=30, ignore_eos=True, stop=(stop,)))
+    assert done.text == whole.text[: whole.text.index(stop)]
+    assert done.choices[0].finish_reason == "stop"
+    pieces = [d async for d in engine.stream(request(max_tokens=30, ignore_eos=True, stop=(stop,)))]
+    assert "".join(piece.text for piece in pieces) == done.text
+
+
+async def test_a_stream_is_the_completion_in_pieces(engine: AsyncEngine) -> None:
+    sampled = {"max_tokens": 25, "temperature": 1.0, "seed": 5, "logprobs": True, "top_logprobs": 3, "n": 2}
+    whole = await engine.complete(request(**sampled))
+    pieces = [delta async for delta in engine.stream(request(**sampled))]
+    assert pieces[-1].completion is not None
+    for choice in whole.choices:
+        mine = [p for p in pieces[:-1] if p.index == choice.index]
+        assert "".join(p.text for p in mine) == choice.text
+        assert sum((p.token_ids for p in mine), ()) == choice.token_ids
+        assert len(sum((p.logprobs for p in mine), ())) == len(choice.token_ids)
+
+
+async def test_seeds_repeat_and_differ(engine: AsyncEngine) -> None:
+    def sampled(seed: int) -> Request:
+        return request(max_tokens=15, temperature=1.0, seed=seed, ignore_eos=True)
+
+    one, again, other = await asyncio.gather(*(engine.complete(sampled(s)) for s in (1, 1, 2)))
+    assert one.token_ids == again.token_ids != other.token_ids
+
+
+@given(st.integers(0, 2**32), st.sampled_from(["top_k", "top_p", "min_p"]), st.data())
+def test_filters_keep_what_their_definition_says(seed: int, name: str, data: st.DataObject) -> None:
+    row = torch.randn(50, generator=torch.Generator().manual_seed(seed)) * 3
+    probabilities = row.softmax(-1)
+    order = probabilities.argsort(descending=True)
+    if name == "top_k":
+        k = data.draw(st.integers(1, 50))
+        params, allowed = {"top_k": k}, set(order[:k].tolist())
+    elif name == "top_p":
+        p = data.draw(st.floats(0.05, 0.95))
+        before = probabilities[order].cumsum(0) - probabilities[order]
+        params, allowed = {"top_p": p}, set(order[before < p].tolist())
+    else:
+        p = data.draw(st.floats(0.05, 1.0))
+        params, allowed = {"min_p": p}, set((probabilities >= p * probabilities.max()).nonzero()[:, 0].tolist())
+    full = SamplingParams(temperature=1.0, seed=seed, **params)
+    generator = make_generator(full, 0)
+    assert {choose(row, full, generator) for _ in range(20)} <= allowed
+
+
+async def test_cancelling_frees_at_once(engine: AsyncEngine) -> None:
+    task = asyncio.create_task(engine.complete(request(max_tokens=1500, ignore_eos=True)))
+    while not (await engine.stats()).running:
+        await asyncio.sleep(0.001)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    stats = await engine.stats()
+    assert stats.running == 0
+    await engine.clear_cache()
+    assert (await engine.stats()).kv_used_bytes == 0
+
+
+async def test_leaving_a_stream_cancels_it(engine: AsyncEngine) -> None:
+    stream = engine.stream(request(max_tokens=1500, ignore_eos=True))
+    async for _ in stream:
+        break
+    await stream.aclose()
+    assert (await engine.stats()).running == 0
+
+
+async def test_a_deadline_ends_a_request_and_no_other(engine: AsyncEngine) -> None:
+    late = Request(prompt=TEXT, params=SamplingParams(max_tokens=1900, ignore_eos=True), deadline_s=0.05)
+    other = engine.complete(request(max_tokens=30, ignore_eos=True))
+    results = await asyncio.gather(engine.complete(late), other, return_exceptions=True)
+    assert isinstance(results[0], DeadlineExceeded)
+    assert results[1].usage.completion_tokens == 30
+
+
+async def test_the_queue_is_bounded(model: Any, folders: dict[str, Path]) -> None:
+    engine = await loaded(model, folders, max_queued_requests=2, max_running_sequences=1)
+    try:
+        results = await asyncio.gather(
+            *(engine.complete(request(max_tokens=40, ignore_eos=True)) for _ in range(9)), return_exceptions=True
+        )
+        refused = [r for r in results if isinstance(r, OverloadedError)]
+        assert refused
+        assert len(refused) + sum(not isinstance(r, BaseException) for r in results) == 9
+    finally:
+        await engine.aclose()
+
+
+async def test_closing_ends_running_requests_and_refuses_new_ones(model: Any, folders: dict[str, Path]) -> None:
+    engine = await loaded(model, folders)
+    task = asyncio.create_task(engine.complete(request(max_tokens=1500, ignore_eos=True)))
+    while not (await engine.stats()).running:
+        await asyncio.sleep(0.001)
+    await engine.aclose()
+    with pytest.raises(EngineStopped):
+        await task
+    with pytest.raises(EngineStopped):
+        await engine.complete(request())
+
+
+async def test_a_failing_forward_ends_its_requests_and_the_engine_goes_on(engine: AsyncEngine) -> None:
+    runner = engine._loop._runner
+    run, calls = runner.run, []
+
+    def fail_once(step: Any) -> Any:
+        calls.append(step)
+        if len(calls) == 1:
+            raise RuntimeError("out of memory")
+        return run(step)
+
+    runner.run = fail_once
+    with pytest.raises(EngineStopped, match="out of memory"):
+        await engine.complete(request(max_tokens=2))
+    assert (await engine.complete(request(max_tokens=2, ignore_eos=True))).usage.completion_tokens == 2
+
+
+async def test_64_requests_over_8_conversations_with_cancellations(model: Any, folders: dict[str, Path]) -> None:
+    engine = await loaded(model, folders, kv_budget_bytes=700 * 256, max_step_tokens=48, max_running_sequences=16)
+    rng = random.Random(4)
+    calls = {n: tuple(s["invocation"]) for n, s in SETTINGS.items() if "invocation" in s}
+    try:
+        tasks = []
+        for i in range(64):
+            adapter = rng.choice([None, "lora", *calls])
+            prompt = tuple((i % 8, *TEXT, *range(rng.randrange(40)))) + calls.get(adapter or "", ())
+            params = SamplingParams(max_tokens=rng.randrange(1, 40), n=rng.choice([1, 1, 2]), ignore_eos=True)
+            tasks.append(asyncio.create_task(engine.complete(Request(prompt=prompt, adapter=adapter, params=params))))
+        for _ in range(20):
+            await asyncio.sleep(0.01)
+            rng.choice(tasks).cancel()
+            await engine.check_integrity()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        for result in results:
+            assert not isinstance(result, BaseException) or isinstance(result, (asyncio.CancelledError, MidstreamError))
+        assert sum(not isinstance(r, BaseException) for r in results) >= 44
+        stats = await engine.stats()
+        assert (stats.running, stats.queued) == (0, 0)
+        await engine.clear_cache()
+        assert (await engine.stats()).kv_used_bytes == 0
+        await engine.check_integrity()
+    finally:
+        await engine.aclose()
+
+
+async def test_500_random_requests_give_typed_errors_only(engine: AsyncEngine) -> None:
+    rng = random.Random(7)
+    junk = [None, -1, 0, 1, 3, 10**9, 2.5, "", "a", "alora", [], [1, 2], [400], {}, True, float("nan"), ["x"]]
+    fields = ["max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "n", "constraint", "logprobs"]
+    outcomes = {"done": 0, "refused": 0}
+    for _ in range(500):
+        params = {f: rng.choice(junk) for f in rng.sample(fields, rng.randrange(2))}
+        body = {"prompt": list(TEXT) if rng.random() < 0.8 else rng.choice(junk), "params": {"max_tokens": 2, **params}}
+        body.update({f: rng.choice(junk) for f in rng.sample(["adapter", "invoke", "deadline_s"], rng.randrange(2))})
+        try:
+            parsed = Request.model_validate(body)
+        except ValueError:
+            outcomes["refused"] += 1
+            continue
+        if parsed.params.n > 8:
+            continue
+        try:
+            await engine.complete(parsed)
+            outcomes["done"] += 1
+        except (InputError, AdapterNotFound, DeadlineExceeded):
+            outcomes["refused"] += 1
+    assert min(outcomes.values()) > 20

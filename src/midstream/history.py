@@ -27,9 +27,7 @@ def find_parting(
     return Parting(at, len(held), len(rendered), _reason(held, rendered, at, decode))
 
 
-def _reason(
-    held: Sequence[int], rendered: Sequence[int], at: int, decode: Callable[[Sequence[int]], str]
-) -> str:
+def _reason(held: Sequence[int], rendered: Sequence[int], at: int, decode: Callable[[Sequence[int]], str]) -> str:
     ours, theirs = decode(held[at : at + 8]), decode(rendered[at : at + 8])
     if decode(held) == decode(rendered):
         cause = "the same text was split into other tokens"

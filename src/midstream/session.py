@@ -181,9 +181,7 @@ class Conversation:
         self._append_answer(completion, prompt)
         return Reply(completion.text, completion, self.parting())
 
-    def call(
-        self, name: str, *, keep: bool = False, arguments: Mapping[str, Any] | None = None
-    ) -> IntrinsicResult:
+    def call(self, name: str, *, keep: bool = False, arguments: Mapping[str, Any] | None = None) -> IntrinsicResult:
         """Call an intrinsic on the conversation. Its answer stays out of the history unless `keep`."""
         return self.engine.portal.run(self.acall(name, keep=keep, arguments=arguments))
 

@@ -56,7 +56,12 @@ def test_a_name_that_is_not_there_is_answered_with_those_that_are() -> None:
         registry.get("answerabilty")
 
 
-@given(st.lists(st.tuples(st.sampled_from(["add", "acquire", "release", "remove", "pin"]), st.sampled_from("abcd")), max_size=40))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["add", "acquire", "release", "remove", "pin"]), st.sampled_from("abcd")),
+        max_size=40,
+    )
+)
 def test_the_budget_holds_whatever_happens(operations: list[tuple[str, str]]) -> None:
     registry = AdapterRegistry(25)
     held: list[Adapter] = []

@@ -98,9 +98,7 @@ async def test_6_the_last_occurrence_counts(engine: AsyncEngine) -> None:
     assert answer.activation_index == 1 + len(TEXT)
 
 
-async def test_8_batching_does_not_shift_activation(
-    engine: AsyncEngine, model: Any, folders: dict[str, Path]
-) -> None:
+async def test_8_batching_does_not_shift_activation(engine: AsyncEngine, model: Any, folders: dict[str, Path]) -> None:
     prompts = [TEXT[:length] + CALL for length in (1, 50, 13)]
     answers = await asyncio.gather(*(ask(engine, prompt, "alora") for prompt in prompts))
     for prompt, answer in zip(prompts, answers, strict=True):
@@ -126,9 +124,7 @@ async def test_11_concurrent_calls_run_in_the_same_forwards(engine: AsyncEngine)
     assert (await engine.stats()).forwards - before < 2 * PARAMS.max_tokens
 
 
-async def test_13_what_can_never_fit_is_refused_at_once_with_the_numbers(
-    model: Any, folders: dict[str, Path]
-) -> None:
+async def test_13_what_can_never_fit_is_refused_at_once_with_the_numbers(model: Any, folders: dict[str, Path]) -> None:
     engine = await loaded(model, folders, kv_budget_bytes=64 * 256)
     try:
         with pytest.raises(PromptTooLong, match=r"prompt has 60 tokens.*6 more.*holds 64 tokens"):

@@ -75,7 +75,10 @@ async def test_a_regex_and_a_schema_hold_whatever_the_model_likes(engine: AsyncE
         assert re.fullmatch(pattern, text)
         schema = {
             "type": "object",
-            "properties": {"grounded": {"type": "boolean"}, "score": {"type": "integer", "minimum": 0, "maximum": 9}},
+            "properties": {
+                "grounded": {"type": "boolean"},
+                "score": {"type": "integer", "minimum": 0, "maximum": 9},
+            },
             "required": ["grounded", "score"],
             "additionalProperties": False,
         }
@@ -87,7 +90,12 @@ async def test_a_regex_and_a_schema_hold_whatever_the_model_likes(engine: AsyncE
 
 @pytest.mark.parametrize(
     "constraint",
-    [Regex(pattern="(["), JsonSchema(schema_text="{"), JsonSchema(schema_text='{"type": "nonsense"}'), Choice(options=("",))],
+    [
+        Regex(pattern="(["),
+        JsonSchema(schema_text="{"),
+        JsonSchema(schema_text='{"type": "nonsense"}'),
+        Choice(options=("",)),
+    ],
 )
 async def test_invalid_constraints_are_refused_and_harm_nobody(engine: AsyncEngine, constraint: Any) -> None:
     good = asyncio.create_task(engine.complete(request(max_tokens=20)))
@@ -145,7 +153,10 @@ def test_filters_keep_what_their_definition_says(seed: int, name: str, data: st.
         params, allowed = {"top_p": p}, set(order[before < p].tolist())
     else:
         p = data.draw(st.floats(0.05, 1.0))
-        params, allowed = {"min_p": p}, set((probabilities >= p * probabilities.max()).nonzero()[:, 0].tolist())
+        params, allowed = (
+            {"min_p": p},
+            set((probabilities >= p * probabilities.max()).nonzero()[:, 0].tolist()),
+        )
     full = SamplingParams(temperature=1.0, seed=seed, **params)
     generator = make_generator(full, 0)
     assert {choose(row, full, generator) for _ in range(20)} <= allowed
@@ -184,7 +195,8 @@ async def test_the_queue_is_bounded(model: Any, folders: dict[str, Path]) -> Non
     engine = await loaded(model, folders, max_queued_requests=2, max_running_sequences=1)
     try:
         results = await asyncio.gather(
-            *(engine.complete(request(max_tokens=40, ignore_eos=True)) for _ in range(9)), return_exceptions=True
+            *(engine.complete(request(max_tokens=40, ignore_eos=True)) for _ in range(9)),
+            return_exceptions=True,
         )
         refused = [r for r in results if isinstance(r, OverloadedError)]
         assert refused
@@ -229,7 +241,7 @@ async def test_64_requests_over_8_conversations_with_cancellations(model: Any, f
         tasks = []
         for i in range(64):
             adapter = rng.choice([None, "lora", *calls])
-            prompt = tuple((i % 8, *TEXT, *range(rng.randrange(40)))) + calls.get(adapter or "", ())
+            prompt = (i % 8, *TEXT, *range(rng.randrange(40)), *calls.get(adapter or "", ()))
             params = SamplingParams(max_tokens=rng.randrange(1, 40), n=rng.choice([1, 1, 2]), ignore_eos=True)
             tasks.append(asyncio.create_task(engine.complete(Request(prompt=prompt, adapter=adapter, params=params))))
         for _ in range(20):
@@ -252,11 +264,25 @@ async def test_64_requests_over_8_conversations_with_cancellations(model: Any, f
 async def test_500_random_requests_give_typed_errors_only(engine: AsyncEngine) -> None:
     rng = random.Random(7)
     junk = [None, -1, 0, 1, 3, 10**9, 2.5, "", "a", "alora", [], [1, 2], [400], {}, True, float("nan"), ["x"]]
-    fields = ["max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "n", "constraint", "logprobs"]
+    fields = [
+        "max_tokens",
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "seed",
+        "stop",
+        "n",
+        "constraint",
+        "logprobs",
+    ]
     outcomes = {"done": 0, "refused": 0}
     for _ in range(500):
         params = {f: rng.choice(junk) for f in rng.sample(fields, rng.randrange(2))}
-        body = {"prompt": list(TEXT) if rng.random() < 0.8 else rng.choice(junk), "params": {"max_tokens": 2, **params}}
+        body = {
+            "prompt": list(TEXT) if rng.random() < 0.8 else rng.choice(junk),
+            "params": {"max_tokens": 2, **params},
+        }
         body.update({f: rng.choice(junk) for f in rng.sample(["adapter", "invoke", "deadline_s"], rng.randrange(2))})
         try:
             parsed = Request.model_validate(body)

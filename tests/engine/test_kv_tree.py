@@ -52,9 +52,7 @@ class Memory:
 
 PROMPT = st.lists(st.integers(0, 2), min_size=1, max_size=12)
 OPERATION = st.one_of(
-    st.tuples(
-        st.just("lease"), PROMPT, st.integers(0, 12), st.sampled_from([None, "A", "B"]), st.integers(0, 6)
-    ),
+    st.tuples(st.just("lease"), PROMPT, st.integers(0, 12), st.sampled_from([None, "A", "B"]), st.integers(0, 6)),
     st.tuples(st.just("compute"), st.integers(0, 9), st.integers(1, 8)),
     st.tuples(st.just("append"), st.integers(0, 9), st.integers(0, 2)),
     st.tuples(st.just("release"), st.integers(0, 9)),

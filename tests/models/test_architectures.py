@@ -37,7 +37,10 @@ SERVED: dict[str, tuple[Any, dict[str, Any]]] = {
     "mistral with a window": (tf.MistralConfig, {"sliding_window": 24}),
     "qwen2": (tf.Qwen2Config, {}),
     "qwen3": (tf.Qwen3Config, {}),
-    "granite": (tf.GraniteConfig, {"attention_multiplier": 0.2, "residual_multiplier": 0.5, "logits_scaling": 2.0}),
+    "granite": (
+        tf.GraniteConfig,
+        {"attention_multiplier": 0.2, "residual_multiplier": 0.5, "logits_scaling": 2.0},
+    ),
     "smollm3": (tf.SmolLM3Config, {"no_rope_layers": [1, 0, 1]}),
     "olmo2": (tf.Olmo2Config, {}),
     "gemma3 with windows": (
@@ -49,7 +52,10 @@ SERVED: dict[str, tuple[Any, dict[str, Any]]] = {
         },
     ),
     "phi3 with a window": (tf.Phi3Config, {"sliding_window": 20}),
-    "qwen3_moe": (tf.Qwen3MoeConfig, {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),
+    "qwen3_moe": (
+        tf.Qwen3MoeConfig,
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    ),
     "granitemoe": (tf.GraniteMoeConfig, MOE),
     "gpt_neox": (tf.GPTNeoXConfig, {}),
 }
@@ -113,7 +119,10 @@ async def test_half_precision_follows_float32(dtype: str) -> None:
         await engine.warm(prompt[:30])
         score = await engine.score(Request(prompt=prompt), [[t] for t in range(0, 300, 30)])
         expected = logits(model.float(), prompt)[-1].log_softmax(-1)
-        assert max(abs(row[0] - float(expected[t])) for row, t in zip(score.logprobs, range(0, 300, 30), strict=True)) < 0.3
+        assert (
+            max(abs(row[0] - float(expected[t])) for row, t in zip(score.logprobs, range(0, 300, 30), strict=True))
+            < 0.3
+        )
     finally:
         await engine.aclose()
 
@@ -124,7 +133,9 @@ def test_the_definition_equals_the_kernel(causal: bool) -> None:
     mask = None if causal else torch.zeros(9, 9).masked_fill(torch.rand(9, 9) > 0.8, float("-inf"))
     if mask is not None:
         mask[:, 0] = 0.0
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=causal, attn_mask=mask, scale=0.3)
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, is_causal=causal, attn_mask=mask, scale=0.3
+    )
     out, lse = attend_by_definition(q, k, v, mask, causal, 0.3)
     torch.testing.assert_close(out, kernel[0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(lse, kernel[1], atol=1e-5, rtol=1e-5)

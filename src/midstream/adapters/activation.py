@@ -71,9 +71,7 @@ def _nearest(tokens: Sequence[int], invocation: Sequence[int]) -> tuple[int, int
     for start in range(len(tokens) - 1, -1, -1):
         length = 0
         while (
-            length < len(invocation)
-            and start + length < len(tokens)
-            and tokens[start + length] == invocation[length]
+            length < len(invocation) and start + length < len(tokens) and tokens[start + length] == invocation[length]
         ):
             length += 1
         if length > width:

@@ -3,45 +3,43 @@
 from __future__ import annotations
 
 import json
-import math
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
+
+from midstream.adapters.targets import TargetReader, TargetSpec, is_int, shown
 
 Encode = Callable[[str], Sequence[int]]
 Shapes = Mapping[str, tuple[int, int]]
 Reads = Literal["user", "assistant", "any"]
 
+CONFIG_FILE = "adapter_config.json"
+SIDECAR_FILE = "midstream.json"
 _MAX_CONFIG_BYTES = 1 << 20
 
 # Fields that say how training started or ran, or which PEFT wrote; saved weights do not depend on them.
 _HARMLESS = frozenset(
-    "base_model_name_or_path revision inference_mode lora_dropout init_lora_weights auto_mapping peft_version "
-    "loftq_config eva_config corda_config lora_ga_config runtime_config megatron_core qalora_group_size "
-    "ephemeral_gpu_offload ensure_weight_tying".split()
+    "base_model_name_or_path revision inference_mode lora_dropout auto_mapping peft_version "
+    "loftq_config eva_config corda_config lora_ga_config runtime_config megatron_core qalora_group_size".split()
 )
 _UNDERSTOOD = frozenset(
-    "peft_type task_type r lora_alpha target_modules exclude_modules rank_pattern alpha_pattern use_rslora "
-    "layers_to_transform layers_pattern alora_invocation_tokens invocation_string".split()
+    "peft_type task_type r lora_alpha target_modules exclude_modules rank_pattern alpha_pattern use_rslora bias "
+    "layers_to_transform layers_pattern alora_invocation_tokens invocation_string init_lora_weights".split()
 )
-# Values with which a field that we do not implement changes nothing.
-_OFF: tuple[Any, ...] = (None, False, "none", [], {})
-
-
-@dataclass(frozen=True, slots=True)
-class TargetSpec:
-    """One adapted linear layer: y += scale · B A x with rank rows in A."""
-
-    module: str
-    rank: int
-    scale: float
+# Starting weights that leave the base model as it is. The others (pissa, olora, corda, loftq ...) move a part of the
+# base weights into the adapter, so that its saved weights fit only a base model changed in the same way.
+_PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica")
+_METADATA = ("base_model_name_or_path", "revision", "peft_version")
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterSpec:
-    """A checked adapter configuration. `reads`: which end of a conversation the adapter judges."""
+    """A checked adapter configuration.
+
+    `invocation_tokens` is empty for a plain LoRA. `invocation_text` is what to append when the adapter is called.
+    `reads`: which end of a conversation the adapter judges. `metadata`: where it comes from, as the folder tells it.
+    """
 
     name: str
     path: str
@@ -50,39 +48,46 @@ class AdapterSpec:
     invocation_text: str
     targets: tuple[TargetSpec, ...]
     reads: Reads
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
-class ConfigReader:
+def parse_config(
+    folder: Path, *, shapes: Shapes, name: str, encode: Encode | None = None, vocab_size: int | None = None
+) -> tuple[AdapterSpec | None, list[str]]:
+    """Read a folder's configuration for a base model with linear layers of `shapes` (module path → (out, in)).
+
+    `encode` tokenizes the text of the older form, which has no token ids. Returns the spec and all violations; a
+    spec beside violations is as good as could be told, and None means that adapter_config.json cannot be read.
+    """
+    reader = _Reader(folder, encode, vocab_size)
+    return reader.read(name, shapes), list(reader.violations)
+
+
+class _Reader:
     """Reads one folder's configuration and collects everything that is wrong with it in `violations`."""
 
-    def __init__(
-        self, folder: Path, *, shapes: Shapes, encode: Encode | None = None, vocab_size: int | None = None
-    ) -> None:
-        self.violations: list[str] = []
+    def __init__(self, folder: Path, encode: Encode | None, vocab_size: int | None) -> None:
+        self.violations: dict[str, None] = {}
         self._folder = folder
-        self._shapes = shapes
         self._encode = encode
         self._vocab_size = vocab_size
 
-    def read(self, name: str) -> AdapterSpec | None:
-        """The spec, as far as it can be told; complete only if `violations` stays empty."""
-        config = self._json("adapter_config.json")
+    def read(self, name: str, shapes: Shapes) -> AdapterSpec | None:
+        config = self._json(CONFIG_FILE)
+        sidecar = self._sidecar()
         if config is None:
             return None
         self._check_fields(config)
-        sidecar = self._sidecar()
-        text = sidecar.get("invocation_text", "")
-        tokens = self._invocation(config)
-        if tokens is not None and not text and isinstance(config.get("invocation_string"), str):
-            text = config["invocation_string"]
+        tokens, text = self._invocation(config)
         return AdapterSpec(
             name=name,
             path=str(self._folder),
-            kind="lora" if tokens is None else "alora",
-            invocation_tokens=tokens or (),
-            invocation_text=text,
-            targets=self._targets(config),
+            kind="alora" if tokens else "lora",
+            invocation_tokens=tokens,
+            invocation_text=sidecar.get("invocation_text") or text,
+            targets=TargetReader(config, self._no).read(shapes),
             reads=cast(Reads, sidecar.get("reads", "any")),
+            metadata={key: config[key] for key in _METADATA if isinstance(config.get(key), str)},
         )
 
     # ------------------------------------------------------------------ files
@@ -90,6 +95,9 @@ class ConfigReader:
     def _json(self, file: str) -> dict[str, Any] | None:
         path = self._folder / file
         try:
+            if path.exists() and not path.is_file():
+                self._no(f"{file} is not a file")
+                return None
             if path.stat().st_size > _MAX_CONFIG_BYTES:
                 self._no(f"{file} is larger than 1 MiB")
                 return None
@@ -106,148 +114,91 @@ class ConfigReader:
         return content
 
     def _sidecar(self) -> dict[str, str]:
-        if not (self._folder / "midstream.json").exists():
+        try:
+            if not (self._folder / SIDECAR_FILE).exists():
+                return {}
+        except OSError as error:
+            self._no(f"{SIDECAR_FILE} cannot be read: {error}")
+        content = self._json(SIDECAR_FILE)
+        if content is None:
             return {}
-        content = self._json("midstream.json") or {}
         unknown = set(content) - {"format", "invocation_text", "reads"}
         if unknown:
-            self._no(f"midstream.json has unknown keys {sorted(unknown)}")
-        if content and content.get("format") != 1:
-            self._no(f"midstream.json has format {content.get('format')!r}, only 1 is known")
-        found: dict[str, str] = {}
-        if isinstance(text := content.get("invocation_text", ""), str):
-            found["invocation_text"] = text
-        else:
-            self._no("midstream.json: invocation_text is not a text")
-        if content.get("reads", "any") in ("user", "assistant", "any"):
-            found["reads"] = content.get("reads", "any")
-        else:
-            self._no(f"midstream.json: reads is {content['reads']!r}, not user, assistant or any")
-        return found
+            self._no(f"{SIDECAR_FILE} has unknown keys {shown(sorted(unknown))}")
+        version = content.get("format")
+        if not is_int(version) or version != 1:
+            self._no(f"{SIDECAR_FILE} has format {shown(version)}, only 1 is known")
+        reads = content.get("reads", "any")
+        if reads not in ("user", "assistant", "any"):
+            self._no(f"{SIDECAR_FILE}: reads is {shown(reads)}, not user, assistant or any")
+            reads = "any"
+        text = content.get("invocation_text", "")
+        return {"invocation_text": self._text(text, f"{SIDECAR_FILE}: invocation_text"), "reads": reads}
 
     # ------------------------------------------------------------------ fields
 
     def _check_fields(self, config: dict[str, Any]) -> None:
         if config.get("peft_type") != "LORA":
-            self._no(f"peft_type is {config.get('peft_type')!r}, only LORA is supported")
+            self._no(f"peft_type is {shown(config.get('peft_type'))}, only LORA is supported")
         if config.get("task_type") not in (None, "CAUSAL_LM"):
-            self._no(f"task_type is {config['task_type']!r}, only CAUSAL_LM is supported")
-        for field, value in sorted(config.items()):
-            if field not in _UNDERSTOOD and field not in _HARMLESS and not any(value is o or value == o for o in _OFF):
-                self._no(f"{field}={json.dumps(value)[:80]} is not supported and would change the result")
+            self._no(f"task_type is {shown(config['task_type'])}, only CAUSAL_LM is supported")
+        if config.get("bias") not in (None, "none"):
+            self._no(f"bias is {shown(config['bias'])}, only none is supported")
+        start = config.get("init_lora_weights")
+        if not (start is None or isinstance(start, bool) or start in _PLAIN_STARTS):
+            self._no(
+                f"init_lora_weights is {shown(start)}, which may change the base model's weights; "
+                "save the adapter for the unchanged base model (path_initial_model_for_weight_conversion)"
+            )
+        for name, value in sorted(config.items()):
+            if name not in _UNDERSTOOD and name not in _HARMLESS and not _is_off(value):
+                self._no(f"{shown(name)[1:-1]}={shown(value)} is not supported and may change the result")
 
-    def _invocation(self, config: dict[str, Any]) -> tuple[int, ...] | None:
+    def _invocation(self, config: dict[str, Any]) -> tuple[tuple[int, ...], str]:
+        """The invocation tokens, empty for a plain LoRA or where they are wrong, and the text of the older form."""
+        text = ""
+        if config.get("invocation_string") is not None:
+            text = self._text(config["invocation_string"], "invocation_string", empty=False)
         tokens = config.get("alora_invocation_tokens")
+        source = "alora_invocation_tokens"
+        if tokens is None and text:
+            tokens, source = self._tokenized(text), f"invocation_string {shown(text)}, tokenized,"
         if tokens is None:
-            return self._old_invocation(config)
-        if not isinstance(tokens, list) or not tokens or not all(_is_int(t) for t in tokens):
-            self._no("alora_invocation_tokens is not a list of one or more token ids")
-            return None
+            return (), text
+        if not isinstance(tokens, list) or not tokens or not all(is_int(t) for t in tokens):
+            self._no(f"{source} is {shown(tokens)}, not a list of one or more token ids")
+            return (), text
         wrong = [t for t in tokens if t < 0 or (self._vocab_size is not None and t >= self._vocab_size)]
         if wrong:
-            self._no(f"alora_invocation_tokens has {wrong[:4]}, outside this base model's vocabulary")
-        return tuple(tokens)
+            self._no(f"{source} has {shown(wrong[:4])}, outside this base model's vocabulary")
+        return tuple(tokens), text
 
-    def _old_invocation(self, config: dict[str, Any]) -> tuple[int, ...] | None:
-        """The older form: a text and no tokens, tokenized here."""
-        text = config.get("invocation_string")
-        if text is None:
-            return None
-        if not isinstance(text, str) or not text:
-            self._no("invocation_string is not a text")
-            return None
+    def _tokenized(self, text: str) -> list[int] | None:
         if self._encode is None:
             self._no("invocation_string needs a tokenizer; give alora_invocation_tokens instead")
             return None
-        return tuple(self._encode(text))
-
-    # ------------------------------------------------------------------ targets
-
-    def _targets(self, config: dict[str, Any]) -> tuple[TargetSpec, ...]:
-        rank = self._positive(config.get("r", 8), "r", whole=True)
-        alpha = self._positive(config.get("lora_alpha", 8), "lora_alpha", whole=False)
-        ranks = self._pattern(config, "rank_pattern", whole=True)
-        alphas = self._pattern(config, "alpha_pattern", whole=False)
-        modules = [m for m in self._shapes if self._is_target(m, config)]
-        if not modules:
-            self._no(
-                f"target_modules {json.dumps(config.get('target_modules'))[:120]} match no linear layer of this base model"
-            )
-        rslora = config.get("use_rslora") is True
-        targets: list[TargetSpec] = []
-        for module in modules:
-            r = int(_by_pattern(ranks, module, rank))
-            a = _by_pattern(alphas, module, alpha)
-            targets.append(TargetSpec(module, r, a / math.sqrt(r) if rslora else a / r))
-        return tuple(targets)
-
-    def _is_target(self, module: str, config: dict[str, Any]) -> bool:
-        if _listed(module, config.get("exclude_modules"), self._match):
-            return False
-        targets = config.get("target_modules")
-        if targets == "all-linear":
-            return True
-        if not _listed(module, targets, self._match):
-            return False
-        return isinstance(targets, str) or self._layer_chosen(module, config)
-
-    def _layer_chosen(self, module: str, config: dict[str, Any]) -> bool:
-        """PEFT's layers_to_transform: only modules inside one of these layers."""
-        chosen = config.get("layers_to_transform")
-        if chosen is None:
-            return True
-        layers = [chosen] if isinstance(chosen, int) else chosen
-        patterns = config.get("layers_pattern")
-        names = [patterns] if isinstance(patterns, str) else patterns
-        prefix = r"[^.]*" if not names else "(?:" + "|".join(re.escape(str(n)) for n in names) + ")"
-        found = re.match(rf".*\.{prefix}\.(\d+)\.", module)
-        return found is not None and isinstance(layers, list) and int(found.group(1)) in layers
-
-    def _match(self, pattern: str, module: str) -> bool:
+        # A tokenizer is foreign code, and what it raises on a strange text is its own affair.
         try:
-            return re.fullmatch(pattern, module) is not None
-        except (re.error, RecursionError) as error:
-            self._no(f"{pattern[:60]!r} is not a regular expression: {error}")
-            return False
+            return [int(token) for token in self._encode(text)]
+        except Exception as error:
+            self._no(f"invocation_string {shown(text)} cannot be tokenized: {error}")
+            return None
 
-    def _pattern(self, config: dict[str, Any], field: str, *, whole: bool) -> dict[str, float]:
-        value = config.get(field) or {}
-        if not isinstance(value, dict):
-            self._no(f"{field} is not an object")
-            return {}
-        return {key: self._positive(number, f"{field}[{key}]", whole=whole) for key, number in value.items()}
-
-    def _positive(self, value: Any, field: str, *, whole: bool) -> float:
-        is_number = _is_int(value) or (not whole and isinstance(value, float))
-        if not is_number or not 0 < value < 1e6:
-            self._no(f"{field} is {json.dumps(value)[:40]}, not a positive {'whole number' if whole else 'number'}")
-            return 1.0
-        return float(value)
+    def _text(self, value: Any, where: str, *, empty: bool = True) -> str:
+        if not isinstance(value, str) or not (value or empty):
+            self._no(f"{where} is {shown(value)}, not a text")
+            return ""
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            self._no(f"{where} is {shown(value)}, which is not valid Unicode")
+            return ""
+        return value
 
     def _no(self, violation: str) -> None:
-        if violation not in self.violations:
-            self.violations.append(violation)
+        self.violations[violation] = None
 
 
-def _by_pattern(patterns: Mapping[str, float], module: str, default: float) -> float:
-    """PEFT's rule: the first key that is the module's name or, as an expression, the end of its path."""
-    for key, value in patterns.items():
-        try:
-            if re.match(rf"(.*\.)?({key})$", module):
-                return value
-        except re.error:
-            if module == key or module.endswith(f".{key}"):
-                return value
-    return default
-
-
-def _listed(module: str, wanted: Any, match: Callable[[str, str], bool]) -> bool:
-    if isinstance(wanted, str):
-        return match(wanted, module)
-    if not isinstance(wanted, list):
-        return False
-    return any(isinstance(name, str) and (module == name or module.endswith(f".{name}")) for name in wanted)
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _is_off(value: Any) -> bool:
+    """Whether a field that is not implemented has a value that changes nothing."""
+    return value is None or value is False or value == [] or value == {}

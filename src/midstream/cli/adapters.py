@@ -9,7 +9,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from midstream.cli.common import Adapters, Json, Model, adapter_folders, open_engine, print_json, show_progress
+from midstream.cli.common import (
+    Adapters,
+    Json,
+    Model,
+    adapter_folders,
+    open_engine,
+    print_json,
+    show_progress,
+)
 from midstream.errors import AdapterFormatError, InputError
 from midstream.models.source import DEFAULT_MODEL
 

@@ -9,7 +9,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from midstream.cli.common import Adapters, Dtype, Json, Model, open_engine, print_json, read_chat, show_progress
+from midstream.cli.common import (
+    Adapters,
+    Dtype,
+    Json,
+    Model,
+    open_engine,
+    print_json,
+    read_chat,
+    show_progress,
+)
 from midstream.errors import InputError, MidstreamError
 from midstream.models.source import DEFAULT_MODEL
 

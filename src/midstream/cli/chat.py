@@ -17,7 +17,10 @@ from midstream.types import Document
 if TYPE_CHECKING:
     from midstream.session import Conversation, Engine
 
-_HELP = "/NAME calls an adapter, /all all of them, /docs FILE adds passages to your next turn, /branch starts over from here as a copy, /help, /quit"
+_HELP = (
+    "/NAME calls an adapter, /all all of them, /docs FILE adds passages to your next turn, "
+    "/branch goes on with a copy of the conversation, /help, /quit"
+)
 
 
 def chat(
@@ -100,7 +103,8 @@ class _Loop:
             shares = ", ".join(f"{k} {v:.2f}" for k, v in (result.probabilities or {}).items())
             usage = result.usage
             typer.echo(
-                f"  {name}: {result.result} ({shares})  [{usage.cached_tokens} reused, {usage.computed_tokens} computed, "
+                f"  {name}: {result.result} ({shares})  "
+                f"[{usage.cached_tokens} reused, {usage.computed_tokens} computed, "
                 f"{result.seconds * 1e3:.0f} ms]"
             )
 

@@ -18,9 +18,12 @@ if TYPE_CHECKING:
 
 Model = Annotated[str, typer.Option("--model", "-m", help="Known name, Hugging Face folder or hub id, or GGUF file.")]
 Adapters = Annotated[
-    list[Path] | None, typer.Option("--adapters", "-a", help="Adapter folder, or a folder of them; repeatable.")
+    list[Path] | None,
+    typer.Option("--adapters", "-a", help="Adapter folder, or a folder of them; repeatable."),
 ]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: what the processor does natively.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="float32, bfloat16 or float16; default: what the processor does natively.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 

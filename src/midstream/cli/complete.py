@@ -8,7 +8,16 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 
-from midstream.cli.common import Adapters, Dtype, Json, Model, open_engine, print_json, read_chat, show_progress
+from midstream.cli.common import (
+    Adapters,
+    Dtype,
+    Json,
+    Model,
+    open_engine,
+    print_json,
+    read_chat,
+    show_progress,
+)
 from midstream.errors import InputError
 from midstream.models.source import DEFAULT_MODEL
 from midstream.types import Choice, Constraint, JsonSchema, Regex, Request, SamplingParams

@@ -19,7 +19,12 @@ app = typer.Typer(help="Base models.", no_args_is_help=True)
 def list_models(as_json: Json = False) -> None:
     """Models that can be asked for by name."""
     rows = [
-        {"name": m.name, "description": m.description, "licence": m.licence, "fetched": source.is_fetched(m.name)}
+        {
+            "name": m.name,
+            "description": m.description,
+            "licence": m.licence,
+            "fetched": source.is_fetched(m.name),
+        }
         for m in source.known_models()
     ]
     if as_json:

@@ -24,12 +24,18 @@ def train(
     batch_size: int = 16,
     max_rows: Annotated[int | None, typer.Option(help="Balanced sample of this size.")] = None,
     max_prefix_tokens: Annotated[int | None, typer.Option(help="Leave longer conversations out.")] = None,
-    wrong_documents: Annotated[float, typer.Option(help="Share of answerable rows repeated with others' passages.")] = 0.0,
+    wrong_documents: Annotated[
+        float, typer.Option(help="Share of answerable rows repeated with others' passages.")
+    ] = 0.0,
     invocation: Annotated[str | None, typer.Option(help="Invocation text; proposed from the task's name.")] = None,
     seed: int = 0,
     run_folder: Annotated[Path | None, typer.Option(help="Checkpoints and losses; resumed when it exists.")] = None,
-    evaluate: Annotated[list[Path] | None, typer.Option("--evaluate", help="Held-out rows: report, do not train.")] = None,
-    compare: Annotated[list[Path] | None, typer.Option("--compare", help="More adapter folders for the report.")] = None,
+    evaluate: Annotated[
+        list[Path] | None, typer.Option("--evaluate", help="Held-out rows: report, do not train.")
+    ] = None,
+    compare: Annotated[
+        list[Path] | None, typer.Option("--compare", help="More adapter folders for the report.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Train an adapter, or with --evaluate report how well the one in --out does beside the prompted base model."""
@@ -40,9 +46,7 @@ def train(
 
     if kind not in ("alora", "lora"):
         raise InputError(f"--kind is alora or lora, not {kind}")
-    rows = DataConfig(
-        tuple(evaluate or data), task, max_rows, max_prefix_tokens, wrong_documents, invocation, seed
-    )
+    rows = DataConfig(tuple(evaluate or data), task, max_rows, max_prefix_tokens, wrong_documents, invocation, seed)
     report: dict[str, Any]
     if evaluate:
         report = run_evaluation(model, rows, [out, *(compare or [])], progress=not as_json)

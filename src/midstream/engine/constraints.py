@@ -195,9 +195,7 @@ class ConstraintCompiler:
             node = root
             tokens = self._encode(option)
             if len(tokens) > max_tokens:
-                raise ConstraintError(
-                    f"choice {option!r} is {len(tokens)} tokens long but max_tokens is {max_tokens}"
-                )
+                raise ConstraintError(f"choice {option!r} is {len(tokens)} tokens long but max_tokens is {max_tokens}")
             for token in tokens:
                 node = node.children.setdefault(token, _TrieNode())
             node.option = option
@@ -205,9 +203,7 @@ class ConstraintCompiler:
 
     def _grammar(self, constraint: Regex | JsonSchema) -> GrammarMatcher:
         if self._tables is None:
-            self._tables = from_tokenizer(
-                self._tokenizer, n_vocab=self._vocab_size, eos_token=list(self._eos)
-            )
+            self._tables = from_tokenizer(self._tokenizer, n_vocab=self._vocab_size, eos_token=list(self._eos))
         matcher = LLMatcher(self._tables, _grammar_text(constraint), log_level=0)
         if matcher.is_error():
             raise ConstraintError(f"{constraint.kind}: {matcher.get_error()}")

@@ -42,16 +42,12 @@ class AsyncEngine:
     def __init__(self, loaded: LoadedModel, config: EngineConfig | None = None) -> None:
         config = config or EngineConfig()
         self._loaded = loaded
-        self._max_context = min(
-            loaded.max_context_tokens, config.max_context_tokens or loaded.max_context_tokens
-        )
+        self._max_context = min(loaded.max_context_tokens, config.max_context_tokens or loaded.max_context_tokens)
         per_slot = KVPool.bytes_per_slot(loaded.kv_shapes, loaded.dtype)
         tree = KVTree(_num_slots(config, per_slot, self._max_context, loaded.device))
         self._core = EngineCore(
             tree=tree,
-            scheduler=Scheduler(
-                tree, max_step_tokens=config.max_step_tokens, max_running=config.max_running_sequences
-            ),
+            scheduler=Scheduler(tree, max_step_tokens=config.max_step_tokens, max_running=config.max_running_sequences),
             registry=AdapterRegistry(config.adapter_budget_bytes),
             writer=OutputWriter(loaded.chat.decode, loaded.chat.eos_token_ids),
             max_queued=config.max_queued_requests,

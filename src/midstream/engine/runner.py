@@ -35,7 +35,10 @@ class Runner:
         positions = [segment.position + i for segment in step.segments for i in range(segment.count)]
         rows = [row for harvest in step.harvests for row in harvest.rows]
         attention = AttentionPlan(
-            tuple(_row_segment(segment) for segment in step.segments), self._loaded.dtype, device, step.num_tokens
+            tuple(_row_segment(segment) for segment in step.segments),
+            self._loaded.dtype,
+            device,
+            step.num_tokens,
         )
         groups = [DeltaGroup(digest, a, b, self._weights_of(digest)) for digest, a, b in step.groups]
         self._loaded.deltas.set(groups)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from midstream.engine.kv_tree import KVTree, Node, OutOfSlots
-from midstream.engine.request import Job, Branch
+from midstream.engine.request import Branch, Job
 from midstream.engine.step import Harvest, Segment, Step
 
 # A branch with at most this many tokens to compute goes before longer ones, so that a call on a warm prefix is

@@ -24,5 +24,7 @@ def parse(text: str, contract: Contract, name: str) -> Any:
         jsonschema.validate(value, schema)
     except (ValueError, jsonschema.ValidationError) as error:
         reason = str(error).splitlines()[0]
-        raise OutputError(f"intrinsic {name} gave {text!r}, which does not fit {json.dumps(schema)}: {reason}") from error
+        raise OutputError(
+            f"intrinsic {name} gave {text!r}, which does not fit {json.dumps(schema)}: {reason}"
+        ) from error
     return value

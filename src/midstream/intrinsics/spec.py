@@ -68,7 +68,8 @@ def load_contract(adapter: AdapterInfo) -> Contract:
         wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
         raise ContractError(f"{path}: {wrong}") from error
     unsupported = [
-        field for field in ("transformations", "sentence_boundaries", "docs_as_message", "logprobs_workaround")
+        field
+        for field in ("transformations", "sentence_boundaries", "docs_as_message", "logprobs_workaround")
         if getattr(contract, field)
     ]
     if unsupported:

@@ -19,9 +19,7 @@ UNSUPPORTED = ("softcap", "s_aux", "position_bias", "indexer", "sinks")
 class KVPool:
     """Keys and values of all layers: per layer [kv_heads, slots, head_dim], so that an extent is a strided view."""
 
-    def __init__(
-        self, shapes: list[tuple[int, int]], num_slots: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, shapes: list[tuple[int, int]], num_slots: int, dtype: torch.dtype, device: torch.device) -> None:
         self.num_slots = num_slots
         # Not zeroed: pages that no request has used yet take no memory.
         self.keys = [torch.empty(h, num_slots, d, dtype=dtype, device=device) for h, d in shapes]
@@ -49,7 +47,8 @@ class ProbePool(KVPool):
 
     def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         if key.shape != value.shape:
-            raise RuntimeError(f"keys {tuple(key.shape)} and values {tuple(value.shape)} of one layer differ in shape")
+            shapes = f"keys {tuple(key.shape)} and values {tuple(value.shape)}"
+            raise RuntimeError(f"{shapes} of one layer differ in shape")
         self.shapes[layer] = (key.shape[0], key.shape[2])
         return key, value
 
@@ -73,7 +72,9 @@ def attention(
     midstream_plan: ForwardPlan | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend as the plan says. query [1, heads, rows, dim], key and value [1, kv_heads, rows, dim] → [1, rows, heads, dim].
+    """Attend as the plan says.
+
+    query [1, heads, rows, dim], key and value [1, kv_heads, rows, dim] → [1, rows, heads, dim].
 
     Raises RuntimeError when a model calls it without a plan, or with an argument that it does not implement.
     """
@@ -112,12 +113,12 @@ class _Merged:
     def add(self, rows: Rows, out: Tensor, lse: Tensor) -> None:
         """Merge `out` [heads, rows, dim] with `lse` [heads, rows] (float32) into what these rows have."""
         if self._out is None or self._lse is None:
-            if rows.count == self._num_rows and isinstance(rows.selector, slice):
+            if rows.total == self._num_rows and isinstance(rows.selector, slice):
                 self._out, self._lse = out, lse
                 return
             self._out = out.new_zeros(out.shape[0], self._num_rows, out.shape[2])
             self._lse = lse.new_full((lse.shape[0], self._num_rows), float("-inf"))
-        whole = rows.count == self._num_rows and isinstance(rows.selector, slice)
+        whole = rows.total == self._num_rows and isinstance(rows.selector, slice)
         old_out = self._out if whole else self._out[:, rows.selector]
         old_lse = self._lse if whole else self._lse[:, rows.selector]
         # old/(old+new) as a sigmoid of the difference; -inf for rows that have nothing yet gives weight 0.
@@ -140,9 +141,7 @@ def _select(query: Tensor, rows: Rows) -> Tensor:
     return query[0][:, rows.selector]
 
 
-def _grouped(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
+def _grouped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """Attention without causality, the query heads of one KV head folded into its rows.
 
     q [heads, rows, dim], k and v [kv_heads, length, dim], mask [rows, length] → out like q, lse [heads, rows].
@@ -157,9 +156,7 @@ def _grouped(
     return out.reshape(heads, rows, v.shape[-1]), lse.reshape(heads, rows)
 
 
-def _causal(
-    q: Tensor, keys: Tensor, values: Tensor, call: CausalCall, scale: float
-) -> tuple[Tensor, Tensor]:
+def _causal(q: Tensor, keys: Tensor, values: Tensor, call: CausalCall, scale: float) -> tuple[Tensor, Tensor]:
     """Causal attention of a segment over its own KV."""
     group = q.shape[0] // keys.shape[0]
     k = keys[:, call.start : call.start + call.length].repeat_interleave(group, 0).unsqueeze(0)
@@ -168,9 +165,7 @@ def _causal(
     return out[0], lse[0]
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """softmax(q kᵀ · scale) v and its log-sum-exp, all [1, heads, …]."""
     if q.device.type == "cpu":
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(

@@ -48,7 +48,7 @@ class Rows(NamedTuple):
     """Rows of the batch: a slice where they are contiguous, else an index tensor."""
 
     selector: slice | Tensor
-    count: int
+    total: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,15 +112,11 @@ class AttentionPlan:
         calls: list[Call] = []
         if small or short:
             calls.append(self._masked(small, short))
-        calls += [
-            CausalCall(self._rows([s]), s.slot, s.count) for s in self.segments if s.count > SHORT_SEGMENT
-        ]
+        calls += [CausalCall(self._rows([s]), s.slot, s.count) for s in self.segments if s.count > SHORT_SEGMENT]
         calls += [DenseCall(self._rows(users), r.start, r.length) for r, users in dense]
         return tuple(calls)
 
-    def _masked(
-        self, small: Sequence[RowSegment], short: Sequence[tuple[Range, tuple[RowSegment, ...]]]
-    ) -> MaskedCall:
+    def _masked(self, small: Sequence[RowSegment], short: Sequence[tuple[Range, tuple[RowSegment, ...]]]) -> MaskedCall:
         users = {s.row: s for s in small}
         users.update({s.row: s for _, seen_by in short for s in seen_by})
         segments = [users[row] for row in sorted(users)]
@@ -150,7 +146,7 @@ class AttentionPlan:
             own = Range(segment.slot, segment.count, segment.position)
             slots: list[int] = []
             positions: list[int] = []
-            for r in _cut(segment) + [own]:
+            for r in [*_cut(segment), own]:
                 skip = max(0, first - r.position)
                 slots.extend(range(r.start + skip, r.start + r.length))
                 positions.extend(range(r.position + skip, r.position + r.length))

@@ -174,10 +174,10 @@ def _probe(network: Any, config: Any) -> list[tuple[int, int]]:
             f"{config.model_type} cannot be served: layers {sorted(missing)} do not use the shared attention "
             "function (recurrent state, or an attention of their own)"
         )
-    error = float((ours - reference).abs().max() / reference.abs().max().clamp(min=1e-6))
-    if not error <= _PROBE_TOLERANCE[network.dtype]:
+    difference = float((ours - reference).abs().max() / reference.abs().max().clamp(min=1e-6))
+    if not difference <= _PROBE_TOLERANCE[network.dtype]:
         raise ModelError(
-            f"{config.model_type} cannot be served: its logits differ by {error:.1e} (relative) from "
+            f"{config.model_type} cannot be served: its logits differ by {difference:.1e} (relative) from "
             "transformers' own; its attention does something that this engine does not implement"
         )
     return [pool.shapes[layer] for layer in sorted(pool.shapes)]

@@ -39,7 +39,10 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """How one kind of data becomes rows. `labels`: all targets, the positive one first; `question` for the base model."""
+    """How one kind of data becomes rows.
+
+    `labels` are all targets, the positive one first; `question` asks the base model for one of them.
+    """
 
     name: str
     labels: tuple[str, ...]

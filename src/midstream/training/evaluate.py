@@ -45,7 +45,12 @@ def positive_probabilities(
 
 
 def figures(
-    probabilities: np.ndarray, examples: Sequence[Example], positive: str, *, seed: int = 0, rounds: int = 1000
+    probabilities: np.ndarray,
+    examples: Sequence[Example],
+    positive: str,
+    *,
+    seed: int = 0,
+    rounds: int = 1000,
 ) -> dict[str, dict[str, float]]:
     """Accuracy, balanced accuracy and AUROC, each with a bootstrap 95 % interval, and the number of rows."""
     truth = np.array([e.label == positive for e in examples])
@@ -58,10 +63,11 @@ def figures(
     }
     report: dict[str, dict[str, float]] = {"rows": {"value": float(len(truth))}}
     for name, measure in measures.items():
-        if truth.all() or not truth.any():
-            if name != "accuracy":
-                continue
-        values = [measure(truth[d], probabilities[d]) for d in draws if name == "accuracy" or 0 < truth[d].sum() < len(d)]
+        if (truth.all() or not truth.any()) and name != "accuracy":
+            continue
+        values = [
+            measure(truth[d], probabilities[d]) for d in draws if name == "accuracy" or 0 < truth[d].sum() < len(d)
+        ]
         low, high = np.percentile(values, [2.5, 97.5])
         report[name] = {"value": float(measure(truth, probabilities)), "low": float(low), "high": float(high)}
     return report

@@ -50,9 +50,7 @@ def _write_weights(network: Any, folder: Path) -> None:
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def _write_config(
-    network: Any, folder: Path, config: TrainConfig, base_model: str, invocation: Sequence[int]
-) -> None:
+def _write_config(network: Any, folder: Path, config: TrainConfig, base_model: str, invocation: Sequence[int]) -> None:
     lora = network.peft_config["default"]
     lora.base_model_name_or_path = base_model
     lora.inference_mode = True

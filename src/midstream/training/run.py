@@ -87,9 +87,7 @@ def run_training(
     return {"rows": len(examples), "best_epoch": result.best_epoch, "history": list(result.history)}
 
 
-def run_evaluation(
-    model: str, data: DataConfig, adapters: Sequence[Path], *, progress: bool
-) -> dict[str, Figures]:
+def run_evaluation(model: str, data: DataConfig, adapters: Sequence[Path], *, progress: bool) -> dict[str, Figures]:
     """Figures of the prompted base model and of each adapter folder on the same rows."""
     from peft import PeftModel
 

@@ -95,9 +95,7 @@ class _Run:
         self.peft = get_peft_model(model, lora)
         self.network = self.peft.get_base_model()
         parameters = [p for p in self.peft.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            parameters, lr=config.learning_rate, weight_decay=config.weight_decay
-        )
+        self.optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
         self.steps = config.epochs * math.ceil(len(self.training) / config.batch_size)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
         self.best: dict[str, Tensor] = {}
@@ -130,7 +128,7 @@ class _Run:
         total = 0.0
         for batch in bar.track(batches, description=f"epoch {epoch + 1}/{self.config.epochs}"):
             loss = batch_loss(self.network, batch, self.base_kv)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(self.peft.parameters(), 1.0)
             self.optimizer.step()
             self.scheduler.step()

@@ -1,0 +1,31 @@
+# `make demo` and `make test` work on a fresh machine that has Python 3.11 or newer and nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The CPU build: a plain `torch` brings several gigabytes of CUDA libraries. GPU users install their own first.
+TORCH ?= torch==2.13.0
+
+.PHONY: demo test check setup clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,train]"
+	touch $@
+
+demo: setup
+	$(BIN)/midstream demo
+
+# Everything that must hold: lint, format, types, layers, tests.
+test: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest -q
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

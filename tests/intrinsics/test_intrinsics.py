@@ -1,0 +1,167 @@
+"""Contracts, and calls through a backend that only records."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from midstream.backend import Backend
+from midstream.errors import AdapterNotFound, ContractError, InputError, OutputError
+from midstream.intrinsics import call_intrinsics, load_contract
+from midstream.types import (
+    AdapterInfo,
+    Chat,
+    Choice,
+    Completion,
+    CompletionChoice,
+    Delta,
+    JsonSchema,
+    Message,
+    Request,
+    Score,
+    Usage,
+)
+
+CHAT = Chat(messages=(Message(role="user", content="one"), Message(role="assistant", content="two")))
+
+
+def info(folder: Path, name: str = "check", reads: str = "any") -> AdapterInfo:
+    return AdapterInfo(name, "alora", "d", str(folder), (7, 8), "<c>", 4, 10, metadata={"reads": reads})
+
+
+def contract(folder: Path, text: str) -> Path:
+    (folder / "io.yaml").write_text(text)
+    return folder
+
+
+class Recorder:
+    """A Backend that answers each request with a fixed text."""
+
+    def __init__(self, infos: Sequence[AdapterInfo], text: str, tokens: tuple[int, ...] = (1, 2)) -> None:
+        self.infos, self.text, self.tokens = tuple(infos), text, tokens
+        self.requests: list[Request] = []
+
+    async def complete(self, request: Request) -> Completion:
+        self.requests.append(request)
+        shares = {self.text: 1.0} if isinstance(request.params.constraint, Choice) else None
+        choice = CompletionChoice(0, self.text, (3,), "stop", None, shares)
+        return Completion("r", (choice,), Usage(9, 7, 0, 2, 1, 1), (1,), request.adapter, 7, 0.1)
+
+    def stream(self, request: Request) -> AsyncIterator[Delta]:
+        raise NotImplementedError
+
+    async def score(self, request: Request, continuations: Sequence[Sequence[int]]) -> Score:
+        raise NotImplementedError
+
+    async def tokenize(self, prompt: str | Chat) -> tuple[int, ...]:
+        return self.tokens
+
+    async def adapters(self) -> tuple[AdapterInfo, ...]:
+        return self.infos
+
+
+LABELS = """
+model: base
+response_format: '{"type": "string", "enum": ["yes", "no"]}'
+transformations: null
+parameters: {max_completion_tokens: 9}
+"""
+
+
+async def test_a_label_contract_becomes_a_choice_and_a_json_result(tmp_path: Path) -> None:
+    backend = Recorder([info(contract(tmp_path, LABELS), reads="user")], '"yes"')
+    assert isinstance(backend, Backend)
+    (result,) = await call_intrinsics(backend, ["check"], CHAT)
+    assert result.as_dict() == {
+        "intrinsic": "check",
+        "result": "yes",
+        "probabilities": {"yes": 1.0},
+        "usage": {"prompt_tokens": 9, "cached_tokens": 7, "computed_tokens": 2, "completion_tokens": 1, "forwards": 1},
+        "activation_index": 7,
+        "seconds": 0.1,
+    }
+    (request,) = backend.requests
+    assert request.params.constraint == Choice(options=('"yes"', '"no"'))
+    assert request.params.max_tokens == 9
+    assert request.invoke
+    assert request.prompt == Chat(messages=CHAT.messages[:1]), "it judges the user's turn"
+
+
+async def test_one_that_fails_leaves_the_others_their_results_in_order(tmp_path: Path) -> None:
+    backend = Recorder([info(contract(tmp_path, LABELS))], '"yes"')
+    good, missing = await call_intrinsics(backend, ["check", "nobody"], CHAT)
+    assert good.result == "yes"
+    assert isinstance(missing, AdapterNotFound)
+
+
+async def test_output_that_does_not_fit_shows_both(tmp_path: Path) -> None:
+    """Fault 9: output parsed against a schema that has drifted is an error, never a quiet default."""
+    schema = '{"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}'
+    text = f"model: null\nresponse_format: '{schema}'\ntransformations: null\n"
+    backend = Recorder([info(contract(tmp_path, text))], '{"okay": true}')
+    (error,) = await call_intrinsics(backend, ["check"], CHAT)
+    assert isinstance(error, OutputError)
+    assert "okay" in str(error)
+    assert '"required": ["ok"]' in str(error)
+    assert isinstance(backend.requests[0].params.constraint, JsonSchema)
+
+
+async def test_an_instruction_is_appended_and_its_arguments_are_needed(tmp_path: Path) -> None:
+    text = (
+        "model: null\nresponse_format: null\ntransformations: null\ninstruction: 'Is {{this}} {what}? {last_message}'\n"
+    )
+    backend = Recorder([info(contract(tmp_path, text))], "plain")
+    (result,) = await call_intrinsics(backend, ["check"], CHAT, {"check": {"what": "met"}})
+    assert result.result == "plain"
+    sent = backend.requests[0].prompt
+    assert isinstance(sent, Chat)
+    assert sent.messages[:2] == CHAT.messages
+    assert sent.messages[2].content == "Is {this} met? two"
+    (error,) = await call_intrinsics(backend, ["check"], CHAT)
+    assert isinstance(error, InputError)
+    backend = Recorder(backend.infos, "plain", tokens=(1, 7, 8, 2))
+    await call_intrinsics(backend, ["check"], CHAT, {"check": {"what": "met"}})
+    assert backend.requests[0].prompt == (1, 7, 8, 2), "the invocation is in the rendered prompt already"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("model: x\nnonsense: 3\n", "nonsense"),
+        ("response_format: '['\n", "response_format"),
+        ("- a\n", "file"),
+        ("a: [\n", "cannot be read"),
+        ("transformations: [{type: likelihood}]\n", "transformations"),
+    ],
+)
+def test_a_contract_that_cannot_be_carried_out_is_refused(text: str, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(ContractError, match=reason):
+        load_contract(info(contract(tmp_path, text)))
+
+
+def test_a_folder_without_a_contract_gives_plain_text(tmp_path: Path) -> None:
+    empty = load_contract(info(tmp_path))
+    assert empty.constraint() is None
+
+
+async def test_arguments_nobody_takes_and_turns_nobody_took_are_errors(tmp_path: Path) -> None:
+    backend = Recorder([info(tmp_path, reads="assistant"), info(tmp_path, "other")], "x")
+    only_user = Chat(messages=CHAT.messages[:1])
+    first, second = await call_intrinsics(backend, ["check", "other"], only_user, {"other": {"a": 1}})
+    assert "judges assistant turns" in str(first)
+    assert "takes no arguments" in str(second)
+
+
+def test_errors_of_any_kind_carry_a_status_and_a_code() -> None:
+    from midstream import errors
+
+    kinds: list[Any] = [
+        k for k in vars(errors).values() if isinstance(k, type) and issubclass(k, errors.MidstreamError)
+    ]
+    assert len(kinds) > 15
+    for kind in kinds:
+        assert 400 <= kind.status < 600
+        assert kind.code

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter, OrderedDict
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from midstream.adapters.weights import Adapter
 from midstream.errors import AdapterError, AdapterNotFound
 from midstream.types import AdapterInfo
+
+if TYPE_CHECKING:
+    from midstream.adapters.weights import Adapter
 
 
 class AdapterRegistry:
     """Named adapters within `budget_bytes`, least recently used first to go. Used by one thread alone.
 
     An adapter that is removed, replaced or evicted takes no new requests; its memory counts until the last request
-    that uses it has released it.
+    that uses it has released it. `on_evict` is told of each adapter that memory pressure put out.
     """
 
-    def __init__(self, budget_bytes: int) -> None:
+    def __init__(self, budget_bytes: int, on_evict: Callable[[Adapter], None] | None = None) -> None:
         self._budget = budget_bytes
+        self._on_evict = on_evict
         self._named: OrderedDict[str, Adapter] = OrderedDict()
         self._pinned: set[str] = set()
         self._uses: Counter[Adapter] = Counter()
@@ -28,21 +33,26 @@ class AdapterRegistry:
         """Bytes of the named adapters and of the detached ones that are still in use."""
         return sum(adapter.size_bytes for adapter in {*self._named.values(), *self._uses})
 
-    def add(self, adapter: Adapter, *, pin: bool = False) -> None:
-        """Register an adapter, in place of one of the same name, evicting unused ones where memory asks for it.
+    def add(self, adapter: Adapter, *, pin: bool = False) -> Adapter | None:
+        """Register an adapter and return the one of the same name that it replaces, if any.
 
-        Raises AdapterError with the numbers, and changes nothing, when it cannot fit.
+        Evicts unused ones where memory asks for it. One of the same content and origin is kept as it is, and the
+        name stays pinned if it was. Raises AdapterError with the numbers, and changes nothing, when it cannot fit.
         """
         name = adapter.spec.name
         old = self._named.get(name)
         if old is not None and old.digest == adapter.digest and old.spec == adapter.spec:
+            self._named.move_to_end(name)
             self.pin(name, pin or name in self._pinned)
-            return
-        for victim in self._victims(adapter, replaced=old):
-            self._drop(victim)
+            return None
+        evicted = [self._drop(victim) for victim in self._victims(adapter, replaced=old)]
         self._named[name] = adapter
         self._named.move_to_end(name)
         self.pin(name, pin or name in self._pinned)
+        if self._on_evict is not None:
+            for victim in evicted:
+                self._on_evict(victim)
+        return old
 
     def remove(self, name: str) -> None:
         """Take an adapter out; requests that use it keep it. Raises AdapterNotFound."""
@@ -85,6 +95,10 @@ class AdapterRegistry:
 
     def check_integrity(self) -> None:
         """Raise AssertionError where the counts do not add up."""
+        if any(name != adapter.spec.name for name, adapter in self._named.items()):
+            raise AssertionError("an adapter is kept under another's name")
+        if self.used_bytes > self._budget:
+            raise AssertionError(f"{self.used_bytes} bytes are used of {self._budget}")
         if any(count <= 0 for count in self._uses.values()):
             raise AssertionError("an adapter without uses is counted as used")
         if not self._pinned <= set(self._named):
@@ -93,6 +107,8 @@ class AdapterRegistry:
     def _victims(self, adapter: Adapter, *, replaced: Adapter | None) -> list[str]:
         """Names to evict so that `adapter` fits."""
         free = self._budget - self.used_bytes
+        if self._uses[adapter]:  # it comes back while requests still use it: its memory counts already
+            free += adapter.size_bytes
         if replaced is not None and not self._uses[replaced]:
             free += replaced.size_bytes
         victims: list[str] = []
@@ -110,9 +126,9 @@ class AdapterRegistry:
             )
         return victims
 
-    def _drop(self, name: str) -> None:
-        del self._named[name]
+    def _drop(self, name: str) -> Adapter:
         self._pinned.discard(name)
+        return self._named.pop(name)
 
     def _info(self, name: str) -> AdapterInfo:
         adapter = self._named[name]
@@ -126,5 +142,5 @@ class AdapterRegistry:
             rank=adapter.rank,
             size_bytes=adapter.size_bytes,
             pinned=name in self._pinned,
-            metadata={"reads": adapter.spec.reads},
+            metadata={**adapter.spec.metadata, "reads": adapter.spec.reads},
         )

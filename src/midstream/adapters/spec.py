@@ -20,12 +20,40 @@ _MAX_CONFIG_BYTES = 1 << 20
 
 # Fields that say how training started or ran, or which PEFT wrote; saved weights do not depend on them.
 _HARMLESS = frozenset(
-    "base_model_name_or_path revision inference_mode lora_dropout auto_mapping peft_version "
-    "loftq_config eva_config corda_config lora_ga_config runtime_config megatron_core qalora_group_size".split()
+    {
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "lora_dropout",
+        "auto_mapping",
+        "peft_version",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "runtime_config",
+        "megatron_core",
+        "qalora_group_size",
+    }
 )
 _UNDERSTOOD = frozenset(
-    "peft_type task_type r lora_alpha target_modules exclude_modules rank_pattern alpha_pattern use_rslora bias "
-    "layers_to_transform layers_pattern alora_invocation_tokens invocation_string init_lora_weights".split()
+    {
+        "peft_type",
+        "task_type",
+        "r",
+        "lora_alpha",
+        "target_modules",
+        "exclude_modules",
+        "rank_pattern",
+        "alpha_pattern",
+        "use_rslora",
+        "bias",
+        "layers_to_transform",
+        "layers_pattern",
+        "alora_invocation_tokens",
+        "invocation_string",
+        "init_lora_weights",
+    }
 )
 # Starting weights that leave the base model as it is. The others (pissa, olora, corda, loftq ...) move a part of the
 # base weights into the adapter, so that its saved weights fit only a base model changed in the same way.
@@ -119,6 +147,7 @@ class _Reader:
                 return {}
         except OSError as error:
             self._no(f"{SIDECAR_FILE} cannot be read: {error}")
+            return {}
         content = self._json(SIDECAR_FILE)
         if content is None:
             return {}
@@ -145,7 +174,7 @@ class _Reader:
         if config.get("bias") not in (None, "none"):
             self._no(f"bias is {shown(config['bias'])}, only none is supported")
         start = config.get("init_lora_weights")
-        if not (start is None or isinstance(start, bool) or start in _PLAIN_STARTS):
+        if not (start is None or isinstance(start, bool) or str(start).lower() in _PLAIN_STARTS):
             self._no(
                 f"init_lora_weights is {shown(start)}, which may change the base model's weights; "
                 "save the adapter for the unchanged base model (path_initial_model_for_weight_conversion)"

@@ -126,7 +126,7 @@ class TargetReader:
             return []
         found: list[tuple[re.Pattern[str], float]] = []
         for key, number in value.items():
-            checked = self._positive(number, f"{field}[{key[:60]}]", whole=whole)
+            checked = self._positive(number, f"{field}[{shown(key)}]", whole=whole)
             pattern = self._expression(rf"(.*\.)?({key})$", key, field)
             if pattern is not None:
                 found.append((pattern, checked))

@@ -5,20 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from midstream.adapters.spec import AdapterSpec, ConfigReader, Encode, Shapes, TargetSpec
+from midstream.adapters.spec import AdapterSpec, Encode, Shapes, parse_config
 from midstream.errors import AdapterFormatError
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
+# Names in safetensors, and in messages.
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_SHOWN = 20
+
+# (module path, "A" or "B")
+Key = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,18 +63,20 @@ def load_adapter(
 ) -> Adapter:
     """Load a PEFT folder for a base model whose linear layers have `shapes` (module path → (out, in)).
 
-    `dtype` None keeps each tensor's own. Raises AdapterFormatError with all violations; nothing else.
+    `dtype` None keeps each tensor's own. Raises AdapterFormatError with all violations; nothing else. The weights
+    are copies: a folder that is edited later changes nothing here.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if not _is_folder(folder):
         raise AdapterFormatError(str(folder), ["it is not a folder"])
-    reader = ConfigReader(folder, shapes=shapes, encode=encode, vocab_size=vocab_size)
-    spec = reader.read(name or folder.resolve().name)
-    tensors, problems = _read_tensors(folder)
-    violations = [*reader.violations, *problems]
-    if spec is not None and tensors is not None:
-        violations += _check_tensors(spec, tensors, shapes)
-    if violations or spec is None or tensors is None:
+    spec, violations = parse_config(
+        folder, shapes=shapes, name=name or folder.resolve().name, encode=encode, vocab_size=vocab_size
+    )
+    tensors, problems = _read(folder, None if spec is None else _expected(spec, shapes), dtype)
+    violations += problems[:_SHOWN]
+    if len(problems) > _SHOWN:
+        violations.append(f"and {len(problems) - _SHOWN} more of {WEIGHTS_FILE}")
+    if violations or spec is None:
         raise AdapterFormatError(str(folder), violations)
     weights = {
         target.module: LoraWeights(
@@ -82,73 +90,114 @@ def load_adapter(
     return Adapter(spec, _digest(spec, tensors), weights, size)
 
 
-Tensors = dict[tuple[str, str], Tensor]
+class Expected:
+    """What a configuration asks of the weights file: the shape of each tensor, and which modules there are."""
+
+    def __init__(self, tensors: Mapping[Key, tuple[int, int]], modules: Iterable[str]) -> None:
+        self.tensors = tensors
+        self.modules = frozenset(modules)
 
 
-def _read_tensors(folder: Path) -> tuple[Tensors | None, list[str]]:
-    path = folder / WEIGHTS_FILE
-    if not path.is_file():
-        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
-        if pickles:
-            return None, [
-                f"{', '.join(pickles)} is a pickle file, which can run code when it is read; "
-                f"only {WEIGHTS_FILE} is accepted"
-            ]
-        return None, [f"{WEIGHTS_FILE} is missing"]
-    tensors: Tensors = {}
-    problems: list[str] = []
+def _expected(spec: AdapterSpec, shapes: Shapes) -> Expected:
+    tensors: dict[Key, tuple[int, int]] = {}
+    for target in spec.targets:
+        out_features, in_features = shapes[target.module]
+        tensors[target.module, "A"] = (target.rank, in_features)
+        tensors[target.module, "B"] = (out_features, target.rank)
+    return Expected(tensors, shapes)
+
+
+def _read(folder: Path, expected: Expected | None, dtype: torch.dtype | None) -> tuple[dict[Key, Tensor], list[str]]:
+    """The tensors, and all that is wrong with the file; `expected` None checks only that it is one of LoRA weights."""
+    missing = _missing_file(folder)
+    if missing is not None:
+        return {}, [missing]
+    # The reader does not say what it raises on a damaged file; here each of its exceptions means just that.
     try:
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 - not a mapping
-                match = _TENSOR.fullmatch(key)
-                if match is None:
-                    problems.append(f"tensor {key} is not a LoRA weight of a linear layer")
-                    continue
-                tensors[match["module"], match["side"]] = file.get_tensor(key)
-    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError, AttributeError, KeyError) as error:
-        return None, [f"{WEIGHTS_FILE} is truncated or damaged: {error}"]
+        with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+            return _read_open(file, expected, dtype)
+    except Exception as error:
+        return {}, [f"{WEIGHTS_FILE} is truncated or damaged: {error}"]
+
+
+def _missing_file(folder: Path) -> str | None:
+    try:
+        if (folder / WEIGHTS_FILE).is_file():
+            return None
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
+    except OSError as error:
+        return f"the folder cannot be read: {error}"
+    if not pickles:
+        return f"{WEIGHTS_FILE} is missing"
+    return f"{', '.join(pickles)} is a pickle file, which can run code when it is read; only {WEIGHTS_FILE} is accepted"
+
+
+def _read_open(
+    file: safe_open, expected: Expected | None, dtype: torch.dtype | None
+) -> tuple[dict[Key, Tensor], list[str]]:
+    problems: list[str] = []
+    names: dict[Key, str] = {}
+    for name in file.keys():  # noqa: SIM118 - not a mapping
+        match = _TENSOR.fullmatch(name)
+        if match is None:
+            problems.append(f"tensor {name} is not a LoRA weight of a linear layer")
+        elif (key := (match["module"], match["side"])) in names:
+            problems.append(f"tensor {name} is there twice, also as {names[key]}")
+        else:
+            names[key] = name
+    if expected is None:
+        return {}, problems
+    problems += _compare(names, expected)
+    tensors: dict[Key, Tensor] = {}
+    for key in sorted(names.keys() & expected.tensors.keys()):
+        problem = _check_header(file, names[key], key, expected.tensors[key])
+        if problem is None:
+            # The reader maps the file: without a copy, a later edit of it would change the weights but not the digest.
+            tensors[key] = file.get_tensor(names[key]).clone()
+            problem = _check_values(tensors[key], key, dtype)
+        problems += [] if problem is None else [problem]
     return tensors, problems
 
 
-def _check_tensors(spec: AdapterSpec, tensors: Tensors, shapes: Shapes) -> list[str]:
+def _compare(names: Mapping[Key, str], expected: Expected) -> list[str]:
+    """Tensors too many or too few."""
     problems: list[str] = []
-    wanted = {target.module for target in spec.targets}
-    foreign = sorted({module for module, _ in tensors} - set(shapes))
+    modules = {module for module, _ in names}
+    targets = {module for module, _ in expected.tensors}
+    foreign = sorted(modules - expected.modules)
     if foreign:
         problems.append(
             f"{len(foreign)} modules are not in this base model, among them {foreign[0]} "
             "(another base model, or another prefix of the names)"
         )
-    extra = sorted({module for module, _ in tensors} & set(shapes) - wanted)
+    extra = sorted((modules & expected.modules) - targets)
     if extra:
         problems.append(f"{len(extra)} modules have weights but are no target, among them {extra[0]}")
-    missing = [f"{t.module}.lora_{side}" for t in spec.targets for side in "AB" if (t.module, side) not in tensors]
+    missing = [f"{module}.lora_{side}" for module, side in expected.tensors if (module, side) not in names]
     if missing:
         problems.append(f"{len(missing)} tensors are missing, among them {missing[0]}")
-    for target in spec.targets:
-        problems += _check_target(target, tensors, shapes)
-    return problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
-
-
-def _check_target(target: TargetSpec, tensors: Tensors, shapes: Shapes) -> list[str]:
-    problems: list[str] = []
-    out_features, in_features = shapes[target.module]
-    expected = {"A": (target.rank, in_features), "B": (out_features, target.rank)}
-    for side, shape in expected.items():
-        tensor = tensors.get((target.module, side))
-        if tensor is None:
-            continue
-        where = f"{target.module}.lora_{side}"
-        if tuple(tensor.shape) != shape:
-            problems.append(f"{where} has shape {list(tensor.shape)}, this base model and rank need {list(shape)}")
-        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            problems.append(f"{where} has type {tensor.dtype}, expected float32, bfloat16 or float16")
-        elif not bool(torch.isfinite(tensor).all()):
-            problems.append(f"{where} has NaN or infinite values")
     return problems
 
 
-def _digest(spec: AdapterSpec, tensors: Tensors) -> str:
+def _check_header(file: safe_open, name: str, key: Key, shape: tuple[int, int]) -> str | None:
+    """Compare type and shape before the tensor takes any memory."""
+    where = f"{key[0]}.lora_{key[1]}"
+    header = file.get_slice(name)
+    if list(header.get_shape()) != list(shape):
+        return f"{where} has shape {list(header.get_shape())}, this base model and rank need {list(shape)}"
+    if header.get_dtype() not in _DTYPES:
+        return f"{where} has type {header.get_dtype()}, expected {', '.join(_DTYPES.values())}"
+    return None
+
+
+def _check_values(tensor: Tensor, key: Key, dtype: torch.dtype | None) -> str | None:
+    if bool(torch.isfinite(tensor.to(dtype)).all()):
+        return None
+    kind = "" if dtype in (None, tensor.dtype) else f" as {str(dtype).removeprefix('torch.')}"
+    return f"{key[0]}.lora_{key[1]} has NaN or infinite values{kind}"
+
+
+def _digest(spec: AdapterSpec, tensors: Mapping[Key, Tensor]) -> str:
     """sha256 over all that changes the adapter's result: targets, ranks, scales, invocation tokens, weights."""
     config = {
         "kind": spec.kind,
@@ -158,5 +207,12 @@ def _digest(spec: AdapterSpec, tensors: Tensors) -> str:
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for (module, side), tensor in sorted(tensors.items(), key=lambda item: item[0]):
         digest.update(f"{module}|{side}|{tensor.dtype}|{tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _is_folder(folder: Path) -> bool:
+    try:
+        return folder.is_dir()
+    except OSError:
+        return False

@@ -58,6 +58,8 @@ def timed(function: Callable[[], Any]) -> float:
 
 def spread(values: list[float]) -> dict[str, float]:
     """Median and quartiles."""
+    if len(values) < 2:
+        return {"median": values[0], "q1": values[0], "q3": values[0]}
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return {"median": middle, "q1": low, "q3": high}
 

@@ -17,6 +17,7 @@ from midstream.errors import ModelError
 from midstream.models.attention import NAME, ForwardPlan, ProbePool
 from midstream.models.attention_plan import AttentionPlan, RowSegment
 from midstream.models.chat import ChatTokenizer
+from midstream.models.fusions import fuse_norms
 from midstream.models.linear import DeltaContext, can_pack, wrap_linears
 from midstream.models.source import resolve
 
@@ -151,7 +152,7 @@ def _refuse_known(config: Any) -> None:
 
 @torch.inference_mode()
 def _probe(network: Any, config: Any) -> list[tuple[int, int]]:
-    """Run a few tokens with our attention and with transformers' own; refuse the model if they differ.
+    """Run a few tokens as transformers has them, then with our attention and norms; refuse the model if they differ.
 
     Returns each layer's (kv_heads, head_dim).
 
@@ -160,6 +161,7 @@ def _probe(network: Any, config: Any) -> list[tuple[int, int]]:
     """
     ids = torch.arange(_PROBE_TOKENS, device=network.device) * 7 % config.vocab_size
     reference = _logits(network, ids)
+    fuse_norms(network)
     network.set_attn_implementation(NAME)
     try:
         pool = ProbePool()

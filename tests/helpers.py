@@ -52,9 +52,10 @@ def make_adapter_folder(
     rank_pattern: dict[str, int] | None = None,
     alpha_pattern: dict[str, int] | None = None,
     use_rslora: bool = False,
+    scale: float = 1.0,
     **more: Any,
 ) -> Path:
-    """A random adapter (B is not zero) written by PEFT itself; `model` stays as it is."""
+    """A random adapter (B is not zero, times `scale`) written by PEFT itself; `model` stays as it is."""
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -68,5 +69,9 @@ def make_adapter_folder(
         **more,
     )
     torch.manual_seed(seed)
-    get_peft_model(copy.deepcopy(model), config).save_pretrained(str(folder))
+    adapted = get_peft_model(copy.deepcopy(model), config)
+    for name, weight in adapted.named_parameters():
+        if ".lora_B." in name:
+            weight.data *= scale
+    adapted.save_pretrained(str(folder))
     return folder

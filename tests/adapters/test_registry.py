@@ -81,3 +81,68 @@ def test_the_budget_holds_whatever_happens(operations: list[tuple[str, str]]) ->
             pass
         registry.check_integrity()
         assert registry.used_bytes <= 25
+
+
+def test_evicted_adapters_are_told_and_replaced_ones_returned() -> None:
+    evicted: list[str] = []
+    registry = AdapterRegistry(20, on_evict=lambda gone: evicted.append(gone.digest))
+    first = adapter("a", digest="1")
+    assert registry.add(first) is None
+    assert registry.add(adapter("b")) is None
+    assert registry.add(adapter("a", digest="2")) is first
+    assert evicted == []
+    registry.acquire("a")
+    registry.add(adapter("c"))
+    registry.remove("c")
+    assert evicted == ["b-d"]
+
+
+def test_the_same_adapter_again_is_kept_and_its_uses_with_it() -> None:
+    registry = AdapterRegistry(10)
+    first = adapter("a")
+    registry.add(first, pin=True)
+    held = registry.acquire("a")
+    assert registry.add(adapter("a")) is None
+    assert registry.get("a") is first
+    assert registry.infos()[0].pinned
+    assert registry.used_bytes == 10
+    registry.release(held)
+
+
+def test_one_that_cannot_fit_changes_nothing() -> None:
+    evicted: list[Adapter] = []
+    registry = AdapterRegistry(30, on_evict=evicted.append)
+    registry.add(adapter("a"))
+    registry.add(adapter("b", digest="old"), pin=True)
+    with pytest.raises(AdapterError, match="needs 40 bytes; of the budget of 30 only 20 can be freed"):
+        registry.add(adapter("c", size=40))
+    held = registry.acquire("b")
+    with pytest.raises(AdapterError, match="needs 25 bytes"):
+        registry.add(adapter("b", size=25, digest="new"))
+    assert names(registry) == ["a", "b"]
+    assert registry.get("b") is held
+    assert evicted == []
+    registry.check_integrity()
+
+
+def test_one_that_was_removed_while_in_use_can_come_back() -> None:
+    registry = AdapterRegistry(10)
+    only = adapter("a")
+    registry.add(only)
+    held = registry.acquire("a")
+    registry.remove("a")
+    with pytest.raises(AdapterError, match="only 0 can be freed"):
+        registry.add(adapter("b"))
+    registry.add(only)
+    assert registry.used_bytes == 10
+    registry.release(held)
+    with pytest.raises(RuntimeError, match="more often than acquired"):
+        registry.release(held)
+    registry.check_integrity()
+
+
+def test_unknown_names_are_not_found_by_any_verb() -> None:
+    registry = AdapterRegistry(10)
+    for verb in (registry.get, registry.acquire, registry.remove, registry.pin):
+        with pytest.raises(AdapterNotFound, match="loaded: none"):
+            verb("ghost")

@@ -53,7 +53,9 @@ class TargetReader:
         is_target = self._matcher("target_modules", wanted)
         is_excluded = self._matcher("exclude_modules", self._config.get("exclude_modules"))
         in_layer = self._layer_filter(by_expression=isinstance(wanted, str))
-        chosen = [m for m in modules if is_target(m) and not is_excluded(m) and in_layer(m)]
+        # PEFT takes a module that is listed with its whole path whatever its layer.
+        whole = frozenset(name for name in wanted if isinstance(name, str)) if isinstance(wanted, list) else frozenset()
+        chosen = [m for m in modules if is_target(m) and not is_excluded(m) and (m in whole or in_layer(m))]
         if not chosen:
             self._report(f"target_modules {shown(wanted)} match no linear layer of this base model")
         return chosen
@@ -82,12 +84,14 @@ class TargetReader:
             self._report("layers_pattern needs layers_to_transform")
         if not layers:
             return _always
-        prefixes = [rf"(?:^|.*?\.)(?:{name})\.(\d+)\." for name in names] or [r".*?\.[^.]*\.(\d+)\."]
+        # PEFT does not group the name, so that an alternative in it may match without a number.
+        prefixes = [rf"(?:^|.*?\.){name}\.(?P<layer>\d+)\." for name in names] or [r".*?\.[^.]*\.(?P<layer>\d+)\."]
         patterns = [self._expression(p, p, "layers_pattern") for p in prefixes]
 
         def inside(module: str) -> bool:
             found = next((m for p in patterns if p is not None and (m := p.match(module))), None)
-            return found is not None and int(found.group(1)) in layers
+            number = None if found is None else found["layer"]
+            return number is not None and int(number) in layers
 
         return inside
 
@@ -103,13 +107,13 @@ class TargetReader:
 
     def _layer_names(self) -> list[str]:
         value = self._config.get("layers_pattern")
-        names = [value] if isinstance(value, str) else value
-        if names is None:
+        if value is None or value == "":
             return []
+        names = [value] if isinstance(value, str) else value
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             self._report(f"layers_pattern is {shown(value)}, not a text or a list of texts")
             return []
-        return [name for name in names if name]
+        return names
 
     # ------------------------------------------------------------------ ranks and scales
 

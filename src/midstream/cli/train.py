@@ -27,6 +27,9 @@ def train(
     wrong_documents: Annotated[
         float, typer.Option(help="Share of answerable rows repeated with others' passages.")
     ] = 0.0,
+    history: Annotated[
+        list[Path] | None, typer.Option(help="Rows with passages and answers, to stand before half of the rows.")
+    ] = None,
     invocation: Annotated[str | None, typer.Option(help="Invocation text; proposed from the task's name.")] = None,
     seed: int = 0,
     run_folder: Annotated[Path | None, typer.Option(help="Checkpoints and losses; resumed when it exists.")] = None,
@@ -46,7 +49,16 @@ def train(
 
     if kind not in ("alora", "lora"):
         raise InputError(f"--kind is alora or lora, not {kind}")
-    rows = DataConfig(tuple(evaluate or data), task, max_rows, max_prefix_tokens, wrong_documents, invocation, seed)
+    rows = DataConfig(
+        tuple(evaluate or data),
+        task,
+        max_rows,
+        max_prefix_tokens,
+        wrong_documents,
+        tuple(history or ()),
+        invocation,
+        seed,
+    )
     report: dict[str, Any]
     if evaluate:
         report = run_evaluation(model, rows, [out, *(compare or [])], progress=not as_json)

@@ -137,6 +137,36 @@ def with_wrong_documents(rows: Sequence[Row], share: float, seed: int) -> list[R
     return [*rows, *wrong]
 
 
+def read_histories(files: Iterable[Path]) -> list[Chat]:
+    """Question, passages and answer as earlier turns, from rows of {messages, documents, answer or answers}."""
+
+    def read(row: dict[str, Any]) -> Row:
+        answers = row.get("answers") or [row.get("answer") or "I do not know."]
+        question = _messages(row)[-1].model_copy(update={"documents": tuple(_documents(row))})
+        return Row(Chat(messages=(question, Message(role="assistant", content=str(answers[0])))), "", "")
+
+    return [row.chat for row in read_rows(files, Task("history", (), "", read))]
+
+
+def within_histories(rows: Sequence[Row], histories: Sequence[Chat], share: float, negative: str, seed: int) -> list[Row]:
+    """Rows with a `share` of them set after an earlier turn, and as many plain questions over passages as `negative`.
+
+    Without these an adapter that judges a turn learns that whatever stands in a long conversation is suspect.
+    """
+    rng = random.Random(seed)
+    later = set(rng.sample(range(len(rows)), int(len(rows) * share)))
+    placed = [_after(row, rng.choice(histories)) if i in later else row for i, row in enumerate(rows)]
+    questions = rng.choices(histories, k=len(later))
+    plain = [Row(Chat(messages=chat.messages[:1]), negative, "question over passages") for chat in questions[::2]]
+    following = [Row(chat, negative, "question over passages") for chat in questions[1::2]]
+    return [*placed, *plain, *(_after(r, rng.choice(histories), last=r.chat.messages[:1]) for r in following)]
+
+
+def _after(row: Row, history: Chat, *, last: tuple[Message, ...] | None = None) -> Row:
+    messages = (*history.messages, *(last or row.chat.messages))
+    return replace(row, chat=row.chat.model_copy(update={"messages": messages}))
+
+
 def sample(examples: Sequence[Example], count: int | None, max_prefix: int | None, seed: int) -> list[Example]:
     """At most `count` examples, as many of each label as possible, none with a longer prefix than `max_prefix`."""
     kept = [e for e in examples if max_prefix is None or len(e.prefix) <= max_prefix]

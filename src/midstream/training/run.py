@@ -22,9 +22,11 @@ from midstream.training.data import (
     Task,
     encode,
     plain_task,
+    read_histories,
     read_rows,
     sample,
     with_wrong_documents,
+    within_histories,
 )
 from midstream.training.evaluate import Figures, by_group, positive_probabilities
 from midstream.training.export import export
@@ -33,13 +35,18 @@ from midstream.training.trainer import TrainConfig, train
 
 @dataclass(frozen=True, slots=True)
 class DataConfig:
-    """Which rows. `wrong_documents`: share of answerable rows that come again with another row's passages."""
+    """Which rows.
+
+    `wrong_documents`: share of answerable rows that come again with another row's passages. `histories`: files whose
+    questions, passages and answers become earlier turns of half of the rows, and plain questions of their own.
+    """
 
     files: tuple[Path, ...]
     task: str
     max_rows: int | None = None
     max_prefix_tokens: int | None = None
     wrong_documents: float = 0.0
+    histories: tuple[Path, ...] = ()
     invocation_text: str | None = None
     seed: int = 0
 
@@ -50,6 +57,8 @@ def load_examples(data: DataConfig, chat: ChatTokenizer) -> tuple[Task, list[Exa
     rows = read_rows(data.files, task)
     if data.wrong_documents:
         rows = with_wrong_documents(rows, data.wrong_documents, data.seed)
+    if data.histories:
+        rows = within_histories(rows, read_histories(data.histories), 0.5, task.labels[-1], data.seed)
     examples = encode(rows, chat, data.invocation_text or task.invocation_text)
     picked = sample(examples, data.max_rows, data.max_prefix_tokens, data.seed)
     if len(picked) < 2:

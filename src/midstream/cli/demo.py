@@ -59,6 +59,10 @@ def demo(model: Model = DEFAULT_MODEL, dtype: Dtype = None, as_json: Json = Fals
         ways = _compare(engine, conversation)
         console.rule(f"the same calls on this conversation of {len(conversation.token_ids)} tokens, three ways")
         console.print(_table(ways))
+        console.print(
+            "[dim]shared: aLoRA on what the base model computed; its own: the plain LoRA's first call; "
+            "empty: the aLoRA re-reading everything[/]"
+        )
         _summary(console, ways)
     if as_json:
         print_json({"first_token_s": first_token[0], "calls": [way.as_dict() for way in ways]})
@@ -83,7 +87,7 @@ def _call_live(console: Console, conversation: Conversation) -> None:
     for name, result in zip(_ADAPTERS, conversation.call_many(_ADAPTERS), strict=True):
         if isinstance(result, MidstreamError):
             raise result
-        console.print(f"  [cyan]{name}[/] {_described(result)}")
+        console.print(f"  [cyan]{name}[/] {_described(result)}", soft_wrap=True)
 
 
 def _answer(console: Console, conversation: Conversation, on_first: Callable[[], None]) -> None:
@@ -100,25 +104,25 @@ def _answer(console: Console, conversation: Conversation, on_first: Callable[[],
 
 def _compare(engine: Engine, conversation: Conversation) -> list[Way]:
     """Each adapter for the first time on the whole conversation, as an aLoRA, as a plain LoRA, and re-reading all."""
-    warm = [Way("aLoRA, shared cache", name, conversation.call(name)) for name in _ADAPTERS]
-    twins = [Way("plain LoRA", f"{name}-lora", conversation.call(f"{name}-lora")) for name in _ADAPTERS]
+    warm = [Way("shared", name, conversation.call(name)) for name in _ADAPTERS]
+    twins = [Way("its own", f"{name}-lora", conversation.call(f"{name}-lora")) for name in _ADAPTERS]
     cold: list[Way] = []
     for name in _ADAPTERS:
         engine.clear_cache()
-        cold.append(Way("aLoRA, empty cache", name, conversation.call(name)))
+        cold.append(Way("empty", name, conversation.call(name)))
     return [way for group in zip(warm, twins, cold, strict=True) for way in group]
 
 
 def _table(ways: list[Way]) -> Table:
-    table = Table("call", "way", "result", "P", "reused", "computed", "forwards", "ms")
+    table = Table("adapter", "cache", "result", "reused", "computed", "forwards", "ms")
+    table.columns[0].no_wrap = table.columns[2].no_wrap = True
     for way in ways:
         usage = way.result.usage
         share = (way.result.probabilities or {}).get(way.result.result, float("nan"))
         table.add_row(
             way.adapter,
             way.way,
-            str(way.result.result),
-            f"{share:.3f}",
+            f"{way.result.result} {share:.2f}",
             str(usage.cached_tokens),
             str(usage.computed_tokens),
             str(usage.forwards),

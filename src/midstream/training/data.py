@@ -148,7 +148,9 @@ def read_histories(files: Iterable[Path]) -> list[Chat]:
     return [row.chat for row in read_rows(files, Task("history", (), "", read))]
 
 
-def within_histories(rows: Sequence[Row], histories: Sequence[Chat], share: float, negative: str, seed: int) -> list[Row]:
+def within_histories(
+    rows: Sequence[Row], histories: Sequence[Chat], share: float, negative: str, seed: int
+) -> list[Row]:
     """Rows with a `share` of them set after an earlier turn, and as many plain questions over passages as `negative`.
 
     Without these an adapter that judges a turn learns that whatever stands in a long conversation is suspect.

@@ -15,7 +15,17 @@ from torch.nn import functional as F
 from midstream.adapters.activation import find_last
 from midstream.errors import DataError, InputError, InvocationError
 from midstream.training.base_kv import BaseKV
-from midstream.training.data import TASKS, Example, encode, plain_task, read_rows, sample, with_wrong_documents
+from midstream.training.data import (
+    TASKS,
+    Example,
+    encode,
+    plain_task,
+    read_histories,
+    read_rows,
+    sample,
+    with_wrong_documents,
+    within_histories,
+)
 from midstream.training.evaluate import figures, positive_probabilities
 from midstream.training.export import export
 from midstream.training.losses import batch_loss
@@ -228,6 +238,28 @@ def test_samples_are_balanced_and_wrong_documents_are_others(tmp_path: Path) -> 
         assert row.chat.documents[0].text.split()[1] != row.chat.messages[0].content[1:]
     picked = sample(encode(read, tiny_chat(), "<|im_start|>z\n"), 20, None, 0)
     assert sum(e.label == '"answerable"' for e in picked) == 10
+
+
+def test_histories_put_turns_deep_into_conversations_over_passages(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": f"t{i}", "label": i % 2}) for i in range(20)))
+    earlier = {
+        "messages": [{"role": "user", "content": "when?"}],
+        "documents": [{"doc_id": "d", "title": "T", "text": "in 1752"}],
+        "answers": ["1752"],
+    }
+    (tmp_path / "earlier.jsonl").write_text(json.dumps(earlier))
+    rows = read_rows([tmp_path / "rows.jsonl"], TASKS["jailbreak"])
+    histories = read_histories([tmp_path / "earlier.jsonl"])
+    assert [message.content for message in histories[0].messages] == ["when?", "1752"]
+    mixed = within_histories(rows, histories, 0.5, '"no"', seed=0)
+    placed = [row for row in mixed[:20] if len(row.chat.messages) == 3]
+    assert len(placed) == 10
+    assert all(row.chat.messages[0].documents and row.chat.messages[2].content.startswith("t") for row in placed)
+    questions = mixed[20:]
+    assert len(questions) == 10
+    assert {row.target for row in questions} == {'"no"'}
+    assert {len(row.chat.messages) for row in questions} == {1, 3}
+    assert all(row.chat.messages[-1].content == "when?" for row in questions)
 
 
 def test_figures_and_probabilities() -> None:

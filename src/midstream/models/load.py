@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.utils import logging as transformers_logging
 
 from midstream.errors import ModelError
 from midstream.models.attention import NAME, ForwardPlan, ProbePool
@@ -19,7 +16,7 @@ from midstream.models.attention_plan import AttentionPlan, RowSegment
 from midstream.models.chat import ChatTokenizer
 from midstream.models.fusions import fuse_norms
 from midstream.models.linear import DeltaContext, can_pack, wrap_linears
-from midstream.models.source import resolve
+from midstream.models.source import loading_bars, resolve
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PROBE_TOKENS = 12
@@ -54,7 +51,7 @@ def load_model(
     kind = pick_dtype(dtype, target)
     folder = resolve(model, progress=progress)
     chat = ChatTokenizer.from_folder(folder)
-    with _loading_bar(progress):
+    with loading_bars(progress):
         network = _from_folder(folder, kind)
     return prepare(network.to(target), chat, name=Path(str(model)).stem if Path(model).exists() else str(model))
 
@@ -118,18 +115,6 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> Any:
     except Exception as error:
         # transformers raises many types here (missing files, unknown architectures, broken weights).
         raise ModelError(f"cannot load a causal language model from {folder}: {error}") from error
-
-
-@contextlib.contextmanager
-def _loading_bar(shown: bool) -> Iterator[None]:
-    if shown or not transformers_logging.is_progress_bar_enabled():
-        yield
-        return
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.enable_progress_bar()
 
 
 def _refuse_known(config: Any) -> None:

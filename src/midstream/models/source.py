@@ -5,6 +5,7 @@ Whatever needs work (fetching, converting) is done once and kept in the user's c
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,7 @@ def _convert(gguf: Path, target: Path, progress: bool) -> None:
 
     options: dict[str, Any] = {"gguf_file": gguf.name}
     try:
-        with _status(f"converting {gguf.name}", progress):
+        with loading_bars(progress):
             read = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype="float32", **options)
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **options)
             # A model that was read from GGUF refuses to be saved; the same weights in a fresh one do not.
@@ -177,6 +178,19 @@ def _from_hub(model: str, progress: bool) -> Path:
             f"{model!r} is not a known model ({names}), a folder or a .gguf file, "
             f"and it cannot be fetched from the hub: {error}".replace("\n", " ")
         ) from error
+
+
+@contextlib.contextmanager
+def loading_bars(shown: bool) -> Iterator[None]:
+    """Show transformers' own progress bars, or keep them away, for a while."""
+    from transformers.utils import logging
+
+    before = logging.is_progress_bar_enabled()
+    (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
+    try:
+        yield
+    finally:
+        (logging.enable_progress_bar if before else logging.disable_progress_bar)()
 
 
 def _sha256(path: Path) -> str:

@@ -233,6 +233,20 @@ async def test_a_failing_forward_ends_its_requests_and_the_engine_goes_on(engine
     assert (await engine.complete(request(max_tokens=2, ignore_eos=True))).usage.completion_tokens == 2
 
 
+async def test_a_fault_in_the_loop_itself_leaves_nobody_waiting(model: Any, folders: dict[str, Path]) -> None:
+    engine = await loaded(model, folders)
+
+    def fail() -> Any:
+        raise KeyError("a bug")
+
+    engine._core.scheduler.schedule = fail  # type: ignore[method-assign]
+    with pytest.raises(EngineStopped, match="a bug"):
+        await engine.complete(request())
+    with pytest.raises(EngineStopped):
+        await engine.stats()
+    await engine.aclose()
+
+
 async def test_64_requests_over_8_conversations_with_cancellations(model: Any, folders: dict[str, Path]) -> None:
     engine = await loaded(model, folders, kv_budget_bytes=700 * 256, max_step_tokens=48, max_running_sequences=16)
     rng = random.Random(4)

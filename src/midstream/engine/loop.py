@@ -5,6 +5,7 @@ All state of the core is touched by this thread alone, so nothing needs a lock b
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from midstream.engine.core import EngineCore, StepRunner
 from midstream.errors import EngineStopped
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 
 class EngineLoop:
@@ -58,7 +61,21 @@ class EngineLoop:
             if closing:
                 self._core.fail_all(EngineStopped("the engine was closed"))
                 return
-            self._core.step(self._runner)
+            try:
+                self._core.step(self._runner)
+            except Exception as error:
+                # A fault of ours outside the forward: nobody may wait for ever, so everybody is told.
+                log.exception("the engine's loop failed")
+                self._stop(EngineStopped(f"the engine's loop failed: {error!r}"))
+                return
+
+    def _stop(self, error: EngineStopped) -> None:
+        with self._wake:
+            self._closing = True
+            calls, self._inbox = self._inbox, deque()
+        for _, future in calls:
+            future.set_exception(error)
+        self._core.fail_all(error)
 
 
 def _answer(function: Callable[[], Any], future: Future[Any]) -> None:

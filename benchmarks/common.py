@@ -76,14 +76,6 @@ def context(engine: Engine, tokens: int) -> tuple[int, ...]:
     return (*head, *repeated[:room], *tail)
 
 
-def load_pair(engine: Engine, name: str = "jailbreak") -> tuple[str, str]:
-    """The library's adapter and its plain LoRA twin of the same rank."""
-    root = library_folder(engine.aio.model_name)
-    if root is None:
-        raise SystemExit("run from a checkout: the benchmark needs library/")
-    return engine.load_adapter(root / name).name, engine.load_adapter(root / f"{name}-lora").name
-
-
 def load_variants(engine: Engine, count: int, folder: Path, name: str = "jailbreak") -> list[str]:
     """`count` different adapters of one size: the library's, its weights scaled, each its own owner of KV."""
     root = library_folder(engine.aio.model_name)

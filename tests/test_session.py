@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import subprocess
 import sys
@@ -123,6 +124,16 @@ def test_fan_out_gives_results_in_order_and_errors_in_place(engine: Engine) -> N
         for r in talk.call_many(["check", "no", "guard"])
     ]
     assert names == ["check", "AdapterNotFound", "guard"]
+
+
+def test_the_caller_may_mix_event_loops_and_blocking_calls(engine: Engine) -> None:
+    talk = engine.conversation()
+    talk.user("hello")
+    asyncio.run(talk.areply(max_tokens=4))
+    assert talk.call("guard").result in ("yes", "no")
+    talk.user("more")
+    talk.reply(max_tokens=4)
+    assert asyncio.run(talk.acall("guard")).result in ("yes", "no")
 
 
 def test_misuse_is_named(engine: Engine) -> None:

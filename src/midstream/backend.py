@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from concurrent.futures import Future
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from midstream.types import AdapterInfo, Chat, Completion, Delta, Request, Score
@@ -47,7 +48,11 @@ class Portal:
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine to its end and return its result."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+        return self.submit(coroutine).result()
+
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        """Start a coroutine; its result can be waited for in any thread or event loop."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def iterate(self, stream: AsyncIterator[T]) -> Iterator[T]:
         """Yield what an asynchronous iterator yields. Closing this iterator closes that one."""

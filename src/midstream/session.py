@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -126,7 +127,7 @@ class Conversation:
         self.messages: tuple[Message, ...] = ()
         self.token_ids: tuple[int, ...] = ()
         self._ends: dict[str, int] = {}
-        self._warming: asyncio.Task[None] | None = None
+        self._warming: Future[None] | None = None
         for message in messages:
             self._add(message)
 
@@ -236,7 +237,8 @@ class Conversation:
         if tokens and tokens[-1] in chat.eos_token_ids:
             closing = closing[1:]
         self._set(answer, (*prompt, *tokens, *closing))
-        self._warming = asyncio.get_running_loop().create_task(self._warm(self.token_ids))
+        # On the portal's loop, not the caller's: the next call may come from another one.
+        self._warming = self.engine.portal.submit(self._warm(self.token_ids))
 
     async def _warm(self, tokens: tuple[int, ...]) -> None:
         """Compute the turn's closing tokens now, while the caller reads the answer, so that a call finds all there."""
@@ -247,7 +249,7 @@ class Conversation:
 
     async def _warmed(self) -> None:
         if self._warming is not None:
-            await asyncio.shield(self._warming)
+            await asyncio.shield(asyncio.wrap_future(self._warming))
 
     def _set(self, message: Message, tokens: tuple[int, ...]) -> None:
         self.messages = (*self.messages, message)

@@ -40,7 +40,10 @@ def contract(folder: Path, text: str) -> Path:
 class Recorder:
     """A Backend that answers each request with a fixed text."""
 
-    def __init__(self, infos: Sequence[AdapterInfo], text: str, tokens: tuple[int, ...] = (1, 2)) -> None:
+    def __init__(
+        self, infos: Sequence[AdapterInfo], text: str, tokens: tuple[int, ...] = (1, 2), shared: int = 1
+    ) -> None:
+        self.shared = shared
         self.infos, self.text, self.tokens = tuple(infos), text, tokens
         self.requests: list[Request] = []
 
@@ -57,7 +60,7 @@ class Recorder:
         raise NotImplementedError
 
     async def tokenize(self, prompt: str | Chat) -> tuple[int, ...]:
-        return self.tokens
+        return self.tokens if prompt != CHAT else self.tokens[: self.shared]
 
     async def adapters(self) -> tuple[AdapterInfo, ...]:
         return self.infos
@@ -125,6 +128,18 @@ async def test_an_instruction_is_appended_and_its_arguments_are_needed(tmp_path:
     backend = Recorder(backend.infos, "plain", tokens=(1, 7, 8, 2))
     await call_intrinsics(backend, ["check"], CHAT, {"check": {"what": "met"}})
     assert backend.requests[0].prompt == (1, 7, 8, 2), "the invocation is in the rendered prompt already"
+    backend = Recorder(backend.infos, "plain", tokens=(1, 7, 8, 2), shared=3)
+    await call_intrinsics(backend, ["check"], CHAT, {"check": {"what": "met"}})
+    assert backend.requests[0].invoke, "one that an earlier turn quotes does not count"
+
+
+@pytest.mark.parametrize("given", [{"what": "a", "extra": 1}, {"what": "a", "last_message": "b"}])
+async def test_arguments_that_the_instruction_does_not_have_are_errors(given: dict[str, str], tmp_path: Path) -> None:
+    text = "model: null\nresponse_format: null\ntransformations: null\ninstruction: 'Is it {what}? {last_message}'\n"
+    backend = Recorder([info(contract(tmp_path, text))], "plain")
+    (error,) = await call_intrinsics(backend, ["check"], CHAT, {"check": given})
+    assert isinstance(error, InputError)
+    assert "its arguments: what" in str(error)
 
 
 @pytest.mark.parametrize(

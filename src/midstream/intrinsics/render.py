@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from string import Formatter
 from typing import Any
 
 from pydantic import ValidationError
@@ -35,7 +36,9 @@ async def render(
     chat = _with_instruction(conversation, contract.instruction, adapter.name, arguments or {})
     tokens = await backend.tokenize(chat)
     start = find_last(tokens, adapter.invocation_tokens)
-    if start is not None:
+    # Only one in what was appended counts: an earlier one is a quotation, or another call's.
+    shared = _common(tokens, await backend.tokenize(conversation))
+    if start is not None and start + len(adapter.invocation_tokens) > shared:
         return Request(prompt=tokens, adapter=adapter.name, params=params)
     return Request(prompt=chat, adapter=adapter.name, invoke=True, params=params)
 
@@ -52,11 +55,29 @@ def judged(chat: Chat, adapter: AdapterInfo) -> Chat:
 
 
 def _with_instruction(chat: Chat, instruction: str, name: str, arguments: Mapping[str, Any]) -> Chat:
+    fields = _fields(instruction, name)
+    unknown = set(arguments) - fields | ({"last_message"} & set(arguments))
+    if unknown:
+        wanted = ", ".join(sorted(fields - {"last_message"})) or "none"
+        raise InputError(f"intrinsic {name} does not take {', '.join(sorted(unknown))}; its arguments: {wanted}")
     try:
         text = instruction.format(last_message=chat.messages[-1].content, **arguments)
-    except (KeyError, IndexError, ValueError) as error:
+    except (KeyError, IndexError, ValueError, AttributeError) as error:
         raise InputError(f"intrinsic {name}: its instruction needs argument {error}") from error
     return chat.model_copy(update={"messages": (*chat.messages, Message(role="user", content=text))})
+
+
+def _fields(instruction: str, name: str) -> set[str]:
+    try:
+        return {field for _, field, _, _ in Formatter().parse(instruction) if field is not None}
+    except ValueError as error:
+        raise ContractError(f"intrinsic {name}: its instruction is not a format string: {error}") from error
+
+
+def _common(one: tuple[int, ...], other: tuple[int, ...]) -> int:
+    """Length of the common prefix."""
+    limit = min(len(one), len(other))
+    return next((i for i in range(limit) if one[i] != other[i]), limit)
 
 
 def _params(contract: Contract) -> SamplingParams:

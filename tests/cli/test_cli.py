@@ -183,3 +183,5 @@ def test_the_installed_command_has_help_and_status_2_for_unknown_words() -> None
         assert verb in shown.stdout
     wrong = subprocess.run([*command, "nonsense"], capture_output=True, text=True, check=False)
     assert wrong.returncode == 2
+    assert wrong.stderr.count("\n") == 1
+    assert "nonsense" in wrong.stderr

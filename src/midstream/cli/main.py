@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from typing import NoReturn
 
 import typer
+from typer.exceptions import TyperException
 
 from midstream.cli import adapters, call, chat, complete, demo, models, train
 from midstream.errors import InputError, MidstreamError
@@ -28,12 +30,21 @@ app.add_typer(models.app, name="models")
 def main() -> None:
     """Run the command line. Errors are one line on standard error; status 2 for bad input, 1 for a failure."""
     try:
-        app(standalone_mode=True)
+        status = app(standalone_mode=False)
     except MidstreamError as error:
-        print(f"midstream: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, InputError) else 1)
-    except KeyboardInterrupt:
+        _fail(str(error), 2 if isinstance(error, InputError) else 1)
+    except TyperException as error:
+        # A wrong option or argument; without a message the help has been shown in its place.
+        message = getattr(error, "format_message", error.__str__)()
+        _fail(message, 2) if message else sys.exit(2)
+    except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    print(f"midstream: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -142,6 +142,15 @@ async def test_arguments_that_the_instruction_does_not_have_are_errors(given: di
     assert "its arguments: what" in str(error)
 
 
+async def test_an_instruction_stands_after_the_turn_that_is_judged(tmp_path: Path) -> None:
+    text = "model: null\nresponse_format: null\ntransformations: null\ninstruction: 'Check: {last_message}'\n"
+    backend = Recorder([info(contract(tmp_path, text), reads="user")], "plain")
+    await call_intrinsics(backend, ["check"], CHAT)
+    sent = backend.requests[0].prompt
+    assert isinstance(sent, Chat)
+    assert [message.content for message in sent.messages] == ["one", "Check: one"]
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
@@ -149,7 +158,9 @@ async def test_arguments_that_the_instruction_does_not_have_are_errors(given: di
         ("response_format: '['\n", "response_format"),
         ("- a\n", "file"),
         ("a: [\n", "cannot be read"),
-        ("transformations: [{type: likelihood}]\n", "transformations"),
+        ("model: x\nresponse_format: null\ntransformations: [{type: likelihood}]\n", "does not carry out"),
+        ("model: x\nresponse_format: null\n", "lacks transformations"),
+        ('model: x\nresponse_format: \'{"type": "strng"}\'\ntransformations: null\n', "not a JSON schema"),
     ],
 )
 def test_a_contract_that_cannot_be_carried_out_is_refused(text: str, reason: str, tmp_path: Path) -> None:

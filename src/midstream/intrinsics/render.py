@@ -33,6 +33,7 @@ async def render(
         return Request(prompt=prompt, adapter=adapter.name, invoke=True, params=params)
     if not isinstance(conversation, Chat):
         raise ContractError(f"intrinsic {adapter.name} has an instruction, so it needs messages, not token ids")
+    conversation = judged(conversation, adapter)
     chat = _with_instruction(conversation, contract.instruction, adapter.name, arguments or {})
     tokens = await backend.tokenize(chat)
     start = find_last(tokens, adapter.invocation_tokens)

@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from midstream.errors import ContractError
 from midstream.types import AdapterInfo, Choice, Constraint, JsonSchema
+
+_REQUIRED = ("model", "response_format", "transformations")
 
 
 class Contract(BaseModel):
@@ -31,8 +34,15 @@ class Contract(BaseModel):
     @field_validator("response_format")
     @classmethod
     def _is_schema(cls, value: str | None) -> str | None:
-        if value is not None and not isinstance(json.loads(value), dict):
+        if value is None:
+            return None
+        schema = json.loads(value)
+        if not isinstance(schema, dict):
             raise ValueError("response_format is not a JSON object")
+        try:
+            jsonschema.validators.validator_for(schema).check_schema(schema)
+        except jsonschema.SchemaError as error:
+            raise ValueError(f"response_format is not a JSON schema: {error.message}") from error
         return value
 
     @property
@@ -67,6 +77,9 @@ def load_contract(adapter: AdapterInfo) -> Contract:
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
         raise ContractError(f"{path}: {wrong}") from error
+    missing = [key for key in _REQUIRED if key not in contract.model_fields_set]
+    if missing:
+        raise ContractError(f"{path} lacks {', '.join(missing)} (each may be null)")
     unsupported = [
         field
         for field in ("transformations", "sentence_boundaries", "docs_as_message", "logprobs_workaround")

@@ -103,6 +103,18 @@ def test_a_bad_chat_file_is_one_line_and_status_2(cli: Cli, content: str, reason
     assert reason in err
 
 
+def test_one_intrinsic_that_fails_leaves_the_others_their_results(cli: Cli) -> None:
+    chat = ("--chat", str(cli.home / "chat.json"))
+    out, err = cli("call", "nobody", "check", *chat, *cli.model, "--json", status=2)
+    failed, good = json.loads(out)
+    assert failed == {
+        "intrinsic": "nobody",
+        "error": {"code": "adapter_not_found", "message": failed["error"]["message"]},
+    }
+    assert good["result"] in ("yes", "no")
+    assert err.count("\n") == 1
+
+
 def test_unknown_names_are_bad_input(cli: Cli) -> None:
     _, err = cli("call", "nobody", "--chat", str(cli.home / "chat.json"), *cli.model, status=2)
     assert "loaded: check, guard" in err

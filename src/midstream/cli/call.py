@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -38,15 +38,21 @@ def call(
     conversation = read_chat(chat)
     with open_engine(model, adapters, dtype, progress=show_progress(as_json)) as engine:
         results = engine.call(names, conversation)
-    _raise_first_failure(names, results)
-    good = [result for result in results if not isinstance(result, MidstreamError)]
+    # One that fails leaves the others their results; the exit status and standard error tell of it.
     if as_json:
-        print_json([result.as_dict() for result in good])
+        print_json([_entry(name, result) for name, result in zip(names, results, strict=True)])
     else:
-        Console().print(_table(good))
+        Console().print(_table([result for result in results if not isinstance(result, MidstreamError)]))
+    _raise_failures(names, results)
 
 
-def _raise_first_failure(names: list[str], results: list[IntrinsicResult | MidstreamError]) -> None:
+def _entry(name: str, result: IntrinsicResult | MidstreamError) -> dict[str, Any]:
+    if isinstance(result, MidstreamError):
+        return {"intrinsic": name, "error": {"code": result.code, "message": str(result)}}
+    return result.as_dict()
+
+
+def _raise_failures(names: list[str], results: list[IntrinsicResult | MidstreamError]) -> None:
     failed = [(n, r) for n, r in zip(names, results, strict=True) if isinstance(r, MidstreamError)]
     if not failed:
         return

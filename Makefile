@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# The CPU build: a plain `torch` brings several gigabytes of CUDA libraries. GPU users install their own first.
+# One tested version. Set TORCH to a wheel of your choice: for Linux, PyPI's own brings the CUDA libraries along.
 TORCH ?= torch==2.13.0
 
 .PHONY: demo test check setup clean

@@ -29,10 +29,11 @@ from midstream.training.data import (
 from midstream.training.evaluate import figures, positive_probabilities
 from midstream.training.export import export
 from midstream.training.losses import batch_loss
+from midstream.training.run import DataConfig, run_evaluation, run_training
 from midstream.training.trainer import TrainConfig, train
 from tests.helpers import SEVEN, tiny_llama
 from tests.reference import logits, peft_model
-from tests.tiny import tiny_chat
+from tests.tiny import save_tiny_tokenizer, tiny_chat
 
 INVOCATION = (256, 71)
 EXAMPLES = [
@@ -260,6 +261,20 @@ def test_histories_put_turns_deep_into_conversations_over_passages(tmp_path: Pat
     assert {row.target for row in questions} == {'"no"'}
     assert {len(row.chat.messages) for row in questions} == {1, 3}
     assert all(row.chat.messages[-1].content == "when?" for row in questions)
+
+
+def test_evaluation_runs_the_adapter_and_not_the_base_model(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "tiny")
+    save_tiny_tokenizer(tmp_path / "tiny")
+    rows = [json.dumps({"text": ("bad " if i % 2 else "good ") + str(i), "label": i % 2}) for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    data = DataConfig((tmp_path / "rows.jsonl",), "jailbreak")
+    settings = config(rank=8, epochs=6, learning_rate=1e-2)
+    model, out = str(tmp_path / "tiny"), tmp_path / "mine"
+    run_training(model, data, settings, out, tmp_path / "run", progress=False)
+    report = run_evaluation(model, data, [out], progress=False)
+    assert report["mine"]["all"]["accuracy"]["value"] > 0.95
+    assert report["base"]["all"]["accuracy"]["value"] < 0.9
 
 
 def test_figures_and_probabilities() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -98,7 +97,7 @@ def run_training(
 
 def run_evaluation(model: str, data: DataConfig, adapters: Sequence[Path], *, progress: bool) -> dict[str, Figures]:
     """Figures of the prompted base model and of each adapter folder on the same rows."""
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
 
     network, chat = load_network(model, progress=progress)
     task, examples = load_examples(data, chat)
@@ -114,9 +113,12 @@ def run_evaluation(model: str, data: DataConfig, adapters: Sequence[Path], *, pr
         )
     }
     for folder in adapters:
-        settings = json.loads((folder / "adapter_config.json").read_text())
-        kv = base_kv if settings.get("alora_invocation_tokens") else None
-        wrapped = PeftModel.from_pretrained(network, folder, adapter_name=folder.name.replace(".", "_"))
+        settings = LoraConfig.from_pretrained(folder)
+        kv = base_kv if settings.alora_invocation_tokens else None
+        # On top of the base model's KV every token is the adapter's own. PEFT's aLoRA layers would wait for offsets
+        # that only its own forward gives them, and run the base model without a word.
+        settings.alora_invocation_tokens = None
+        wrapped = PeftModel.from_pretrained(network, folder, config=settings)
         wrapped.eval()
         shown = folder.name if progress else ""
         found = positive_probabilities(wrapped.get_base_model(), examples, labels, kv, progress=shown)

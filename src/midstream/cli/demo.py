@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -60,7 +61,7 @@ def demo(model: Model = DEFAULT_MODEL, dtype: Dtype = None, as_json: Json = Fals
         console.rule(f"the same calls on this conversation of {len(conversation.token_ids)} tokens, three ways")
         console.print(_table(ways))
         console.print(
-            "[dim]shared: aLoRA on what the base model computed; its own: the plain LoRA's first call; "
+            "[dim]shared: aLoRA on what the base model computed; own: the plain LoRA's first call; "
             "empty: the aLoRA re-reading everything[/]"
         )
         _summary(console, ways)
@@ -105,7 +106,7 @@ def _answer(console: Console, conversation: Conversation, on_first: Callable[[],
 def _compare(engine: Engine, conversation: Conversation) -> list[Way]:
     """Each adapter for the first time on the whole conversation, as an aLoRA, as a plain LoRA, and re-reading all."""
     warm = [Way("shared", name, conversation.call(name)) for name in _ADAPTERS]
-    twins = [Way("its own", f"{name}-lora", conversation.call(f"{name}-lora")) for name in _ADAPTERS]
+    twins = [Way("own", f"{name}-lora", conversation.call(f"{name}-lora")) for name in _ADAPTERS]
     cold: list[Way] = []
     for name in _ADAPTERS:
         engine.clear_cache()
@@ -114,8 +115,9 @@ def _compare(engine: Engine, conversation: Conversation) -> list[Way]:
 
 
 def _table(ways: list[Way]) -> Table:
-    table = Table("adapter", "cache", "result", "reused", "computed", "forwards", "ms")
-    table.columns[0].no_wrap = table.columns[2].no_wrap = True
+    table = Table("adapter", "cache", "result", "reused", "computed", "forwards", "ms", box=box.SIMPLE)
+    for column in table.columns:
+        column.no_wrap = True
     for way in ways:
         usage = way.result.usage
         share = (way.result.probabilities or {}).get(way.result.result, float("nan"))

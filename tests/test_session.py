@@ -80,6 +80,18 @@ def test_the_answer_is_kept_as_its_tokens_and_a_parting_is_told(engine: Engine) 
     assert "token" in reply.parting.reason
 
 
+def test_a_call_that_renders_the_history_anew_says_where_the_prefix_was_lost(engine: Engine) -> None:
+    folder = Path(next(info for info in engine.adapters() if info.name == "check").path)
+    (folder / "io.yaml").write_text(LABELS + "instruction: 'Well?'\n")
+    talk = engine.conversation()
+    talk.user("hello")
+    talk.reply(max_tokens=20, temperature=1.5, seed=1)
+    result = talk.call("check")
+    assert result.parting is not None
+    assert result.usage.cached_tokens <= result.parting.at
+    assert talk.call("guard").parting is None
+
+
 def test_the_reason_of_a_parting() -> None:
     decode = {1: "a", 2: "b", 3: "ab", 4: " ", 5: "c"}
     text = lambda ids: "".join(decode[i] for i in ids)  # noqa: E731

@@ -6,7 +6,7 @@ import asyncio
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -193,7 +193,10 @@ class Conversation:
         await self._warmed()
         known = {info.name: info for info in await self.engine.aio.adapters()}
         info = find(known, name)
-        result = await call_intrinsic(self.engine.aio, info, self._judged(info), arguments)
+        judged_part = self._judged(info)
+        result = await call_intrinsic(self.engine.aio, info, judged_part, arguments)
+        if isinstance(judged_part, Chat):
+            result = replace(result, parting=self.parting())
         if keep:
             self._keep(result)
         return result

@@ -115,7 +115,7 @@ def _compare(engine: Engine, conversation: Conversation) -> list[Way]:
 
 
 def _table(ways: list[Way]) -> Table:
-    table = Table("adapter", "cache", "result", "reused", "computed", "fwd", "ms", box=box.SIMPLE, pad_edge=False)
+    table = Table("adapter", "cache", "result", "reused", "computed", "fwd", "ms", box=box.SIMPLE, padding=(0, 1, 0, 0))
     for column in table.columns:
         column.no_wrap = True
     for way in ways:

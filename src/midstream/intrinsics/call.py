@@ -10,6 +10,7 @@ from typing import Any
 
 from midstream.backend import Backend
 from midstream.errors import AdapterNotFound, MidstreamError
+from midstream.history import Parting
 from midstream.intrinsics.parse import parse
 from midstream.intrinsics.render import render
 from midstream.intrinsics.spec import load_contract
@@ -18,7 +19,10 @@ from midstream.types import AdapterInfo, Chat, Completion, Usage
 
 @dataclass(frozen=True, slots=True)
 class IntrinsicResult:
-    """What an intrinsic found. `probabilities` are of each label, where the response is one of some labels."""
+    """What an intrinsic found. `probabilities` are of each label, where the response is one of some labels.
+
+    `parting`: where its contract had the history rendered anew and the prefix was lost by it, at which token and why.
+    """
 
     intrinsic: str
     result: Any
@@ -27,6 +31,7 @@ class IntrinsicResult:
     activation_index: int | None
     seconds: float
     completion: Completion
+    parting: Parting | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The form that programs read."""

@@ -58,8 +58,10 @@ class DeltaContext:
             self.key, self.stacks = key, {}
         if widest * len(groups) != total:
             rows = [[min(g.start + i, g.end - 1) for i in range(widest)] for g in groups]
-            self.gather = torch.tensor(rows).flatten()
-            self.valid = torch.tensor([n * widest + i for n, g in enumerate(groups) for i in range(g.count)])
+            valid = [n * widest + i for n, g in enumerate(groups) for i in range(g.count)]
+            device = next(iter(groups[0].weights.values())).a.device
+            self.gather = torch.tensor(rows, device=device).flatten()
+            self.valid = torch.tensor(valid, device=device)
 
     def stack(self, path: str) -> tuple[Tensor, Tensor] | None:
         """A [groups, in, rank] and B [groups, rank, out] (scaled) of a module, ranks padded with zeros.

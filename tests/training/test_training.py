@@ -111,11 +111,10 @@ def test_a_killed_run_resumes_to_the_same_result(tmp_path: Path) -> None:
     def weights(result: Any) -> dict[str, torch.Tensor]:
         return {n: p.detach() for n, p in result.network.named_parameters() if p.requires_grad}
 
-    def run(folder: str, **changes: Any) -> Any:
+    def run(folder: str, examples: list[Example] = EXAMPLES, **changes: Any) -> Any:
         model = tiny_llama()
-        return train(
-            model, EXAMPLES, config(**changes), base_kv=BaseKV(model, model_key="t"), run_folder=tmp_path / folder
-        )
+        kv = BaseKV(model, model_key="t")
+        return train(model, examples, config(**changes), base_kv=kv, run_folder=tmp_path / folder)
 
     whole = weights(run("whole"))
     from midstream.training import trainer
@@ -139,6 +138,8 @@ def test_a_killed_run_resumes_to_the_same_result(tmp_path: Path) -> None:
         assert torch.equal(value, resumed[name])
     with pytest.raises(InputError, match="other settings"):
         run("killed", rank=2)
+    with pytest.raises(InputError, match="rows"):
+        run("killed", EXAMPLES[:10])
 
 
 @pytest.mark.parametrize("kind", ["alora", "lora"])

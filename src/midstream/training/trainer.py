@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,6 +81,7 @@ class _Run:
     ) -> None:
         torch.manual_seed(config.seed)
         self.config = config
+        self.settings = {**asdict(config), "rows": _digest(examples)}
         self.base_kv = base_kv
         self.folder = folder
         self.progress = progress
@@ -160,7 +162,7 @@ class _Run:
         part = self.folder / "checkpoint.part"
         torch.save(
             {
-                "config": asdict(self.config),
+                "config": self.settings,
                 "adapter": get_peft_model_state_dict(self.peft),
                 "best": self.best,
                 "optimizer": self.optimizer.state_dict(),
@@ -180,12 +182,17 @@ class _Run:
         if not path.is_file():
             return
         state = torch.load(path, weights_only=True)
-        if state["config"] != asdict(self.config):
-            raise InputError(f"{path} was made with other settings: use another run folder, or remove it")
+        if state["config"] != self.settings:
+            raise InputError(f"{path} was made with other settings or rows: use another run folder, or remove it")
         set_peft_model_state_dict(self.peft, state["adapter"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.best, self.history = state["best"], state["history"]
+
+
+def _digest(examples: Sequence[Example]) -> str:
+    """Content hash (hex) of the examples in their order: a run on other rows must not resume from this one."""
+    return hashlib.sha256(repr([astuple(example) for example in examples]).encode()).hexdigest()
 
 
 def _batches(examples: list[Example], size: int, seed: int | None) -> list[list[Example]]:

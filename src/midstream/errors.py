@@ -4,8 +4,7 @@ MidstreamError
 ├── InputError                  the caller's input is wrong; nothing was run
 │   ├── AdapterError            an adapter folder or name
 │   │   ├── AdapterFormatError  a folder breaks the format; lists every violation
-│   │   ├── AdapterNotFound     no adapter of that name is loaded
-│   │   └── AdapterInUse        unload or replace while requests use it
+│   │   └── AdapterNotFound     no adapter of that name is loaded
 │   ├── InvocationError         the prompt lacks the adapter's invocation tokens
 │   ├── PromptTooLong           can never fit the context or the KV budget
 │   ├── ConstraintError         a grammar, schema or choice list is invalid
@@ -58,13 +57,6 @@ class AdapterNotFound(AdapterError):
 
     status = 404
     code = "adapter_not_found"
-
-
-class AdapterInUse(AdapterError):
-    """The adapter is used by running requests or pinned."""
-
-    status = 409
-    code = "adapter_in_use"
 
 
 class InvocationError(InputError):

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 from midstream.backend import Portal, SyncBackend
 from midstream.config import EngineConfig
@@ -22,8 +22,6 @@ from midstream.intrinsics.render import judged
 from midstream.intrinsics.spec import load_contract
 from midstream.models.source import DEFAULT_MODEL
 from midstream.types import AdapterInfo, Chat, Completion, Delta, Document, Message, Request, SamplingParams
-
-Role = Literal["system", "user", "assistant"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,9 +148,10 @@ class Conversation:
         other._warming = self._warming
         return other
 
-    def user(self, text: str, documents: Sequence[Document] = ()) -> None:
-        """Add a user turn with the passages that were retrieved for it."""
+    def user(self, text: str, documents: Sequence[Document] = ()) -> Conversation:
+        """Add a user turn with the passages that were retrieved for it; returns this conversation."""
         self._add(Message(role="user", content=text, documents=tuple(documents)))
+        return self
 
     def parting(self) -> Parting | None:
         """Where rendering all messages anew would part from the held tokens, and why."""

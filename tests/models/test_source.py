@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,19 @@ def test_a_file_with_another_digest_is_not_used(cache: Path, tmp_path: Path, mon
         source.resolve(source.DEFAULT_MODEL)
     assert not source.is_fetched(source.DEFAULT_MODEL)
     assert list((cache / "models").iterdir()) == []
+
+
+def test_two_that_make_the_same_model_at_once_both_end_well(cache: Path) -> None:
+    meeting = threading.Barrier(2)
+
+    def make(target: Path) -> None:
+        (target / "config.json").write_text("{}")
+        meeting.wait(timeout=30)
+
+    with ThreadPoolExecutor(2) as pool:
+        folders = list(pool.map(lambda _: source._converted("same", make), range(2)))
+    assert folders == [cache / "models" / "same"] * 2
+    assert [path.name for path in (cache / "models").iterdir()] == ["same"]
 
 
 def test_a_failed_download_says_what_to_do(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,10 +79,6 @@ class Lease:
         return self.prompt_leaf.path() + self.tail
 
     @property
-    def tail_length(self) -> int:
-        return sum(len(node.tokens) for node in self.tail)
-
-    @property
     def complete(self) -> bool:
         return all(node.complete for node in self.tail)
 

@@ -1,0 +1,44 @@
+"""What the README shows is run as it stands."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_python_example_runs_and_calls_the_adapter() -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len([line for line in example.splitlines() if line.strip()]) == 5
+    done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.startswith("yes ")
+
+
+def test_every_command_it_names_exists() -> None:
+    verbs = set(re.findall(r"^midstream (\w+)", README, re.M))
+    assert verbs == {"demo", "chat", "call", "complete", "adapters", "models", "train"}
+    for verb in sorted(verbs):
+        command = [sys.executable, "-m", "midstream.cli.main", verb, "--help"]
+        assert subprocess.run(command, capture_output=True, check=False).returncode == 0, verb
+
+
+@pytest.mark.parametrize("name", ["call", "fanout"])
+def test_the_figures_it_states_are_those_of_the_results(name: str) -> None:
+    rows = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))["rows"]
+    stated = [line for line in README.splitlines() if line.startswith("| ")]
+    for row in rows:
+        length = f"{row['context']:,}"
+        (line,) = [
+            s
+            for s in stated
+            if re.match(rf"\| {length}( tokens| of| \|)", s) and ("tokens |" in s) == (name == "fanout")
+        ]
+        digits = 0 if name == "call" else 1
+        assert f"| {row['ratio']:.{digits}f} |" in line, line

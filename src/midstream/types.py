@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -31,10 +32,22 @@ class Message(_Value):
 
 
 class Chat(_Value):
-    """A chat file: messages, and documents that belong to the last user turn."""
+    """A chat file: messages, and documents that belong to the last user turn among them.
+
+    `appended` turns come after all that, such as an intrinsic's instruction: they take no documents away.
+    """
 
     messages: tuple[Message, ...] = Field(min_length=1)
     documents: tuple[Document, ...] = ()
+    appended: tuple[Message, ...] = ()
+
+    def instructed(self, instruction: str, arguments: Mapping[str, Any]) -> Chat:
+        """With a user turn added: an intrinsic's instruction, filled with its arguments and `{last_message}`.
+
+        Training and serving both go through here. Raises what str.format raises when an argument is missing.
+        """
+        text = instruction.format(**{"last_message": self.messages[-1].content, **arguments})
+        return self.model_copy(update={"appended": (*self.appended, Message(role="user", content=text))})
 
 
 class Choice(_Value):

@@ -8,7 +8,7 @@ from typing import NoReturn
 import typer
 from typer.exceptions import TyperException
 
-from midstream.cli import adapters, call, chat, complete, demo, models, train
+from midstream.cli import adapters, call, chat, complete, demo, eval, models, sample, train
 from midstream.errors import InputError, MidstreamError
 
 app = typer.Typer(
@@ -23,6 +23,8 @@ app.command()(chat.chat)
 app.command()(complete.complete)
 app.command()(call.call)
 app.command()(train.train)
+app.command("eval")(eval.evaluate)
+app.command()(sample.sample)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(models.app, name="models")
 

@@ -26,7 +26,7 @@ class IntrinsicResult:
 
     intrinsic: str
     result: Any
-    probabilities: dict[str, float] | None
+    probabilities: dict[str | int, float] | None
     usage: Usage
     activation_index: int | None
     seconds: float
@@ -38,7 +38,7 @@ class IntrinsicResult:
         return {
             "intrinsic": self.intrinsic,
             "result": self.result,
-            "probabilities": self.probabilities,
+            "probabilities": self.probabilities and {str(k): share for k, share in self.probabilities.items()},
             "usage": self.usage.as_dict(),
             "activation_index": self.activation_index,
             "seconds": self.seconds,
@@ -56,9 +56,8 @@ async def call_intrinsic(
     request = await render(backend, adapter, contract, conversation, arguments)
     completion = await backend.complete(request)
     choice = completion.choices[0]
-    probabilities = choice.probabilities
-    if probabilities is not None:
-        probabilities = {json.loads(option): share for option, share in probabilities.items()}
+    shares = choice.probabilities
+    probabilities = None if shares is None else {json.loads(option): share for option, share in shares.items()}
     return IntrinsicResult(
         intrinsic=adapter.name,
         result=parse(choice.text, contract, adapter.name),

@@ -12,7 +12,7 @@ from midstream.adapters.activation import find_last
 from midstream.backend import Backend
 from midstream.errors import ContractError, InputError
 from midstream.intrinsics.spec import Contract
-from midstream.types import AdapterInfo, Chat, Message, Request, SamplingParams
+from midstream.types import AdapterInfo, Chat, Request, SamplingParams
 
 _PARAMETERS = {"max_completion_tokens": "max_tokens"}
 
@@ -62,10 +62,9 @@ def _with_instruction(chat: Chat, instruction: str, name: str, arguments: Mappin
         wanted = ", ".join(sorted(fields - {"last_message"})) or "none"
         raise InputError(f"intrinsic {name} does not take {', '.join(sorted(unknown))}; its arguments: {wanted}")
     try:
-        text = instruction.format(last_message=chat.messages[-1].content, **arguments)
+        return chat.instructed(instruction, arguments)
     except (KeyError, IndexError, ValueError, AttributeError) as error:
         raise InputError(f"intrinsic {name}: its instruction needs argument {error}") from error
-    return chat.model_copy(update={"messages": (*chat.messages, Message(role="user", content=text))})
 
 
 def _fields(instruction: str, name: str) -> set[str]:

@@ -49,18 +49,19 @@ class Contract(BaseModel):
     def json_schema(self) -> dict[str, Any] | None:
         return None if self.response_format is None else json.loads(self.response_format)
 
-    def labels(self) -> tuple[str, ...]:
-        """The labels of a response that is one of some strings; else none."""
+    def options(self) -> tuple[str | int, ...]:
+        """The answers of a response that is one of some strings or one of some integers; else none."""
         schema = self.json_schema or {}
         options = schema.get("enum", ())
-        if schema.get("type", "string") == "string" and options and all(isinstance(o, str) for o in options):
-            return tuple(options)
+        for name, kind in (("string", str), ("integer", int)):
+            if options and schema.get("type", name) == name and all(type(option) is kind for option in options):
+                return tuple(options)
         return ()
 
     def constraint(self) -> Constraint | None:
         """How decoding is held to the response format."""
-        if labels := self.labels():
-            return Choice(options=tuple(json.dumps(label) for label in labels))
+        if options := self.options():
+            return Choice(options=tuple(json.dumps(option) for option in options))
         return None if self.response_format is None else JsonSchema(schema_text=self.response_format)
 
 

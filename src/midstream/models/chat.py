@@ -63,7 +63,7 @@ class ChatTokenizer:
         options: dict[str, Any] = {}
         if "documents" in template and chat.documents:
             options["documents"] = [document.model_dump() for document in chat.documents]
-            chat = Chat(messages=chat.messages)
+            chat = chat.model_copy(update={"documents": ()})
         try:
             text = self.tokenizer.apply_chat_template(
                 list(place_documents(chat)), tokenize=False, add_generation_prompt=with_header, **options
@@ -84,7 +84,7 @@ def place_documents(chat: Chat) -> tuple[dict[str, str], ...]:
         raise InputError("documents need a user message to stand in")
     return tuple(
         {"role": m.role, "content": _content(m, chat.documents if i == last_user else ())}
-        for i, m in enumerate(chat.messages)
+        for i, m in enumerate((*chat.messages, *chat.appended))
     )
 
 

@@ -1,99 +1,115 @@
 """The base model's KV of training prefixes: computed once without gradients, kept, and reused over epochs and runs.
 
-A prefix belongs to the base model alone, so no training step changes it. Entries are addressed by the prefix's
-token ids and the model, kept in memory within a budget, and beyond it on disk.
+A prefix belongs to the base model alone, so no training step changes it. Entries are addressed by the model's weights
+and the prefix's token ids, kept in memory within a budget and on disk within another, so that every later epoch, and
+every later run on the same conversations whatever its task, rank or seed, finds them.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
+
+from midstream.training.prefix_cache import prefix_cache
+
+Prefix = Sequence[int]
+_BATCH = 8
 
 
 class BaseKV:
-    """KV of prefixes: per entry [layers, 2, kv_heads, tokens, head_dim] in `dtype`.
+    """KV of prefixes: per entry [layers, 2, kv_heads, tokens, head_dim] in the model's own dtype, so nothing is lost.
 
     `memory_bytes` and `disk_bytes` bound what is kept; an entry that fits neither is computed again when needed.
+    `computed_tokens` counts the tokens that went through the model.
     """
 
     def __init__(
-        self,
-        model: Any,
-        *,
-        model_key: str,
-        dtype: torch.dtype = torch.bfloat16,
-        memory_bytes: int = 8 * 1024**3,
-        folder: Path | None = None,
-        disk_bytes: int = 0,
+        self, network: Any, *, memory_bytes: int = 4 * 1024**3, folder: Path | None = None, disk_bytes: int = 0
     ) -> None:
-        self._model = model
-        self._model_key = model_key
-        self._dtype = dtype
+        self._network = network
+        self._model_digest = _digest(network)
         self._memory_bytes = memory_bytes
         self._folder = folder
         self._disk_bytes = disk_bytes
-        self._kept: OrderedDict[str, Tensor] = OrderedDict()
+        self._kept: dict[str, Tensor] = {}
         self._kept_bytes = 0
         self._on_disk_bytes = _folder_bytes(folder)
         self.computed_tokens = 0
 
-    def batch(self, prefixes: Sequence[Sequence[int]]) -> tuple[DynamicCache, Tensor]:
+    def prepare(self, prefixes: Iterable[Prefix], tick: Callable[[int], None] = lambda done: None) -> None:
+        """Have the KV of all these prefixes, those of like length computed together; `tick` hears how many are done.
+
+        The batches depend on the prefixes alone, so a run that starts again computes the very same bits.
+        """
+        order = sorted({tuple(prefix) for prefix in prefixes}, key=lambda p: (len(p), p))
+        for start in range(0, len(order), _BATCH):
+            batch = order[start : start + _BATCH]
+            if any(self._find(self._key(prefix)) is None for prefix in batch):
+                self._compute_and_keep(batch)
+            tick(len(batch))
+
+    def batch(self, prefixes: Sequence[Prefix]) -> tuple[Cache, Tensor]:
         """A cache for a batch of prefixes padded on the left, and its mask [batch, longest] (1 where real)."""
-        missing = {self._key(prefix): prefix for prefix in prefixes if self._find(prefix) is None}
-        fresh = dict(zip(missing, self._compute(list(missing.values())), strict=True)) if missing else {}
-        entries: list[Tensor] = []
-        for prefix in prefixes:
-            entry = fresh.get(self._key(prefix))
-            entries.append(entry if entry is not None else self._require(prefix))
-        for key, entry in fresh.items():
-            self._keep(key, entry)
-        return self._assemble(entries)
+        found = {key: self._find(key) for key in map(self._key, prefixes)}
+        missing = {key: prefix for prefix in prefixes if found[key := self._key(prefix)] is None}
+        if missing:
+            found.update(self._compute_and_keep(list(missing.values())))
+        return self._assemble([_there(found[self._key(prefix)]) for prefix in prefixes])
 
-    def _key(self, prefix: Sequence[int]) -> str:
-        content = f"{self._model_key}|{self._dtype}|{','.join(map(str, prefix))}"
-        return hashlib.sha256(content.encode()).hexdigest()
+    def _key(self, prefix: Prefix) -> str:
+        return hashlib.sha256(f"{self._model_digest}|{','.join(map(str, prefix))}".encode()).hexdigest()
 
-    def _find(self, prefix: Sequence[int]) -> Tensor | None:
-        key = self._key(prefix)
+    def _find(self, key: str) -> Tensor | None:
         if key in self._kept:
-            self._kept.move_to_end(key)
             return self._kept[key]
         path = self._path(key)
-        return load_file(path)["kv"] if path is not None and path.is_file() else None
+        if path is None or not path.is_file():
+            return None
+        try:
+            entry = load_file(path)["kv"]
+        except (SafetensorError, OSError, KeyError):
+            return None  # damaged or just taken away: computed again
+        self._remember(key, entry)
+        return entry
 
-    def _require(self, prefix: Sequence[int]) -> Tensor:
-        found = self._find(prefix)
-        return found if found is not None else self._compute([prefix])[0]
+    def _compute_and_keep(self, prefixes: Sequence[Prefix]) -> dict[str, Tensor]:
+        fresh = dict(zip(map(self._key, prefixes), self._compute(prefixes), strict=True))
+        for key, entry in fresh.items():
+            self._remember(key, entry)
+            self._write(key, entry)
+        return fresh
 
-    def _keep(self, key: str, entry: Tensor) -> None:
-        size = entry.nbytes
-        if self._kept_bytes + size <= self._memory_bytes:
+    def _remember(self, key: str, entry: Tensor) -> None:
+        if key not in self._kept and self._kept_bytes + entry.nbytes <= self._memory_bytes:
             self._kept[key] = entry
-            self._kept_bytes += size
-            return
+            self._kept_bytes += entry.nbytes
+
+    def _write(self, key: str, entry: Tensor) -> None:
         path = self._path(key)
-        if path is not None and self._on_disk_bytes + size <= self._disk_bytes:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(".part")
-            save_file({"kv": entry.contiguous()}, part)
-            part.rename(path)
-            self._on_disk_bytes += size
+        if path is None or path.is_file() or self._on_disk_bytes + entry.nbytes > self._disk_bytes:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}.part")
+        save_file({"kv": entry.contiguous()}, part)
+        part.rename(path)
+        self._on_disk_bytes += entry.nbytes
 
     def _path(self, key: str) -> Path | None:
-        return None if self._folder is None else self._folder / f"{key}.safetensors"
+        return None if self._folder is None else self._folder / key[:2] / f"{key}.safetensors"
 
     @torch.no_grad()
-    def _compute(self, prefixes: list[Sequence[int]]) -> list[Tensor]:
+    def _compute(self, prefixes: Sequence[Prefix]) -> list[Tensor]:
         longest = max(len(prefix) for prefix in prefixes)
         ids = torch.zeros(len(prefixes), longest, dtype=torch.long)
         mask = torch.zeros(len(prefixes), longest, dtype=torch.long)
@@ -101,38 +117,35 @@ class BaseKV:
             ids[i, : len(prefix)] = torch.tensor(list(prefix))
             mask[i, : len(prefix)] = 1
             self.computed_tokens += len(prefix)
-        cache = DynamicCache(config=self._model.config)
-        device = self._model.device
-        with _base_only(self._model):
-            self._model.model(input_ids=ids.to(device), attention_mask=mask.to(device), cache=cache, use_cache=True)
-        layers = torch.stack([torch.stack((layer.keys, layer.values)) for layer in cache.layers])
-        return [
-            layers[:, :, i, :, : len(prefix)].to(device="cpu", dtype=self._dtype, copy=True)
-            for i, prefix in enumerate(prefixes)
-        ]
+        # Without a config every layer keeps all positions, sliding windows too: the mask narrows them.
+        cache = DynamicCache()
+        device = self._network.device
+        with _base_only(self._network):
+            self._network.base_model(
+                input_ids=ids.to(device), attention_mask=mask.to(device), cache=cache, use_cache=True
+            )
+        layers = torch.stack([torch.stack((layer.keys, layer.values)) for layer in cache.layers]).cpu()
+        return [layers[:, :, i, :, : len(prefix)].clone() for i, prefix in enumerate(prefixes)]
 
-    def _assemble(self, entries: list[Tensor]) -> tuple[DynamicCache, Tensor]:
+    def _assemble(self, entries: list[Tensor]) -> tuple[Cache, Tensor]:
         longest = max(entry.shape[3] for entry in entries)
-        device, dtype = self._model.device, self._model.dtype
         first = entries[0]
-        shape = (first.shape[0], 2, len(entries), first.shape[2], longest, first.shape[4])
-        packed = torch.zeros(shape, dtype=dtype)
+        packed = first.new_zeros(first.shape[0], 2, len(entries), first.shape[2], longest, first.shape[4])
         mask = torch.zeros(len(entries), longest, dtype=torch.long)
         for i, entry in enumerate(entries):
             length = entry.shape[3]
             packed[:, :, i, :, longest - length :] = entry
             mask[i, longest - length :] = 1
-        packed = packed.to(device)
-        cache = DynamicCache(config=self._model.config)
-        for layer in range(packed.shape[0]):
-            cache.update(packed[layer, 0], packed[layer, 1], layer)
-        return cache, mask.to(device)
+        device = self._network.device
+        return prefix_cache(packed.to(device)), mask.to(device)
 
 
 @contextmanager
-def _base_only(model: Any) -> Iterator[None]:
-    """Switch off every PEFT layer of a model for a while."""
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+def _base_only(network: Any) -> Iterator[None]:
+    """The base model as it is served: without adapters, dropout or gradient checkpointing."""
+    layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+    training = network.training
+    network.eval()
     for layer in layers:
         layer.enable_adapters(False)
     try:
@@ -140,9 +153,27 @@ def _base_only(model: Any) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enable_adapters(True)
+        network.train(training)
+
+
+def _digest(network: Any) -> str:
+    """Content hash (hex) of a model's own weights: shapes, and up to 4,096 values spread over each tensor."""
+    content = hashlib.sha256(str(network.dtype).encode())
+    for name, weight in sorted(network.named_parameters()):
+        if "lora_" in name:
+            continue
+        flat = weight.detach().flatten()
+        values = flat[:: max(1, flat.numel() // 4096)].float().cpu().numpy()
+        content.update(f"{name.replace('.base_layer', '')}{tuple(weight.shape)}".encode() + values.tobytes())
+    return content.hexdigest()
+
+
+def _there(entry: Tensor | None) -> Tensor:
+    assert entry is not None
+    return entry
 
 
 def _folder_bytes(folder: Path | None) -> int:
     if folder is None or not folder.is_dir():
         return 0
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return sum(path.stat().st_size for path in folder.glob("*/*.safetensors"))

@@ -14,7 +14,11 @@ import yaml
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
+from midstream.training.tasks import Task
 from midstream.training.trainer import TrainConfig
+
+# A rewritten question or another short text; labels need far fewer.
+_TEXT_TOKENS = 96
 
 
 def export(
@@ -23,23 +27,24 @@ def export(
     config: TrainConfig,
     *,
     base_model: str,
+    task: Task,
     invocation: Sequence[int],
     invocation_text: str,
-    labels: Sequence[str],
-    max_tokens: int,
+    card: str,
 ) -> None:
-    """Write adapter_config.json, adapter_model.safetensors (bfloat16), io.yaml and midstream.json.
+    """Write adapter_config.json, adapter_model.safetensors (bfloat16), io.yaml, midstream.json and README.md.
 
-    An existing folder's other files (its card) are kept. `labels` are JSON texts; empty for free answers.
+    All or nothing: a folder of that name keeps what it has until the new files are whole.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         work = Path(temporary)
         _write_weights(network, work)
         _write_config(network, work, config, base_model, invocation)
-        _write_contract(work, base_model, labels, max_tokens)
-        sidecar = {"format": 1, "invocation_text": invocation_text, "reads": "user"}
-        (work / "midstream.json").write_text(json.dumps(sidecar, indent=2) + "\n")
+        _write_contract(work, base_model, task)
+        sidecar = {"format": 1, "invocation_text": invocation_text, "reads": task.reads, "task": task.name}
+        (work / "midstream.json").write_text(json.dumps(sidecar, indent=2) + "\n", encoding="utf-8")
+        (work / "README.md").write_text(card, encoding="utf-8")
         for file in sorted(work.iterdir()):
             shutil.move(file, folder / file.name)
 
@@ -62,13 +67,13 @@ def _write_config(network: Any, folder: Path, config: TrainConfig, base_model: s
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def _write_contract(folder: Path, base_model: str, labels: Sequence[str], max_tokens: int) -> None:
-    schema = {"type": "string", "enum": [json.loads(label) for label in labels]} if labels else None
+def _write_contract(folder: Path, base_model: str, task: Task) -> None:
+    longest = max((len(task.answer(option)) for option in task.options), default=_TEXT_TOKENS)
     contract = {
         "model": base_model,
-        "response_format": json.dumps(schema) if schema else None,
-        "instruction": None,
-        "parameters": {"max_tokens": max_tokens},
+        "response_format": None if task.schema is None else json.dumps(task.schema),
+        "instruction": task.instruction,
+        "parameters": {"max_tokens": longest + 2},
         "transformations": None,
     }
     (folder / "io.yaml").write_text(yaml.safe_dump(contract, sort_keys=False))

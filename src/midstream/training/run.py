@@ -1,9 +1,9 @@
-"""`midstream train` and its evaluation, from files to folders."""
+"""`midstream train` from files to an adapter's folder."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +13,14 @@ from transformers.utils import logging as transformers_logging
 
 from midstream.errors import InputError
 from midstream.models.chat import ChatTokenizer
-from midstream.models.source import resolve
+from midstream.models.source import cache_folder, resolve
+from midstream.training.augment import read_histories, with_wrong_documents, within_histories
 from midstream.training.base_kv import BaseKV
-from midstream.training.data import (
-    TASKS,
-    Example,
-    Task,
-    encode,
-    plain_task,
-    read_histories,
-    read_rows,
-    sample,
-    with_wrong_documents,
-    within_histories,
-)
-from midstream.training.evaluate import Figures, by_group, positive_probabilities
+from midstream.training.card import Training, write_card
+from midstream.training.data import Example, encode, propose_invocation, sample
 from midstream.training.export import export
+from midstream.training.sources import count_sources
+from midstream.training.tasks import TASKS, Row, Task, plain_task, read_rows
 from midstream.training.trainer import TrainConfig, train
 
 
@@ -36,8 +28,9 @@ from midstream.training.trainer import TrainConfig, train
 class DataConfig:
     """Which rows.
 
-    `wrong_documents`: share of answerable rows that come again with another row's passages. `histories`: files whose
+    `wrong_documents`: share of positive rows that come again with another row's passages. `histories`: files whose
     questions, passages and answers become earlier turns of half of the rows, and plain questions of their own.
+    Without an `invocation_text` one is proposed.
     """
 
     files: tuple[Path, ...]
@@ -50,82 +43,107 @@ class DataConfig:
     seed: int = 0
 
 
-def load_examples(data: DataConfig, chat: ChatTokenizer) -> tuple[Task, list[Example]]:
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How much KV of prefixes is kept: bytes of memory, then bytes of disk, below the user's cache folder."""
+
+    memory_bytes: int = 4 * 1024**3
+    disk_bytes: int = 4 * 1024**3
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Rows that are ready to train on."""
+
+    task: Task
+    rows: Sequence[Row] = field(repr=False)
+    left_out: int
+    examples: Sequence[Example] = field(repr=False)
+    invocation_text: str
+
+
+def find_task(name: str, files: Sequence[Path], instruction: str | None = None) -> Task:
+    """The known task of that name, or the one that the rows of `files` describe."""
+    return TASKS.get(name) or plain_task(name, files, instruction)
+
+
+def load_examples(data: DataConfig, chat: ChatTokenizer, instruction: str | None = None) -> Prepared:
     """Rows of the files as examples. Raises DataError with every bad row, InvocationError for an unstable one."""
-    task = TASKS.get(data.task) or plain_task(data.task)
-    rows = read_rows(data.files, task)
+    task = find_task(data.task, data.files, instruction)
+    rows, left_out = read_rows(data.files, task)
+    if (data.wrong_documents or data.histories) and len(task.labels) != 2:
+        raise InputError("wrong documents and histories are for tasks of two labels")
     if data.wrong_documents:
-        rows = with_wrong_documents(rows, data.wrong_documents, data.seed)
+        rows = with_wrong_documents(rows, data.wrong_documents, task.labels, data.seed)
     if data.histories:
         rows = within_histories(rows, read_histories(data.histories), 0.5, task.labels[-1], data.seed)
-    examples = encode(rows, chat, data.invocation_text or task.invocation_text)
-    picked = sample(examples, data.max_rows, data.max_prefix_tokens, data.seed)
-    if len(picked) < 2:
-        raise InputError(f"{len(picked)} rows are left after sampling: at least 2 are needed")
-    return task, picked
+    text = data.invocation_text or propose_invocation(rows, task, chat)
+    examples = encode(rows, task, chat, text)
+    return Prepared(task, rows, left_out, sample(examples, data.max_rows, data.max_prefix_tokens, data.seed), text)
 
 
-def load_network(model: str, *, progress: bool = False) -> tuple[Any, ChatTokenizer]:
-    """A base model for training, in float32 on the CPU and bfloat16 on CUDA."""
+def load_network(model: str, *, dtype: str | None = None, progress: bool = False) -> tuple[Any, ChatTokenizer]:
+    """A base model for training; without a `dtype`, in float32 on the CPU and bfloat16 on CUDA."""
     folder = resolve(model, progress=progress)
     transformers_logging.disable_progress_bar()
-    cuda = torch.cuda.is_available()
-    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if cuda else torch.float32)
-    return network.to("cuda" if cuda else "cpu"), ChatTokenizer.from_folder(folder)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = dtype or {"cuda": "bfloat16", "cpu": "float32"}[device]
+    if chosen not in ("float32", "bfloat16"):
+        raise InputError(f"--dtype is float32 or bfloat16, not {chosen}")
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, chosen))
+    return network.to(device), ChatTokenizer.from_folder(folder)
 
 
 def run_training(
-    model: str, data: DataConfig, config: TrainConfig, out: Path, run_folder: Path, *, progress: bool
+    model: str,
+    data: DataConfig,
+    config: TrainConfig,
+    out: Path,
+    run_folder: Path,
+    *,
+    instruction: str | None = None,
+    dtype: str | None = None,
+    budget: Budget | None = None,
+    arguments: Sequence[str] = (),
+    progress: bool = False,
 ) -> dict[str, Any]:
-    """Train on the files and write the adapter's folder; returns what a report needs."""
-    network, chat = load_network(model, progress=progress)
-    task, examples = load_examples(data, chat)
-    base_kv = BaseKV(network, model_key=model)
-    result = train(network, examples, config, base_kv=base_kv, run_folder=run_folder, progress=progress)
+    """Train on the files and write the adapter's folder; returns what a report needs.
+
+    `arguments` are those of the command line, for the card.
+    """
+    network, chat = load_network(model, dtype=dtype, progress=progress)
+    ready = load_examples(data, chat, instruction)
+    budget = budget or Budget()
+    folder = cache_folder() / "kv" if budget.disk_bytes else None
+    base_kv = BaseKV(network, memory_bytes=budget.memory_bytes, folder=folder, disk_bytes=budget.disk_bytes)
+    result = train(network, ready.examples, config, base_kv=base_kv, run_folder=run_folder, progress=progress)
+    done = Training(
+        model,
+        data.files,
+        count_sources(ready.rows),
+        len(ready.examples),
+        ready.left_out,
+        result.history,
+        result.best_epoch,
+        arguments,
+    )
     export(
         result.network,
         out,
         config,
         base_model=model,
-        invocation=examples[0].invocation,
-        invocation_text=data.invocation_text or task.invocation_text,
-        labels=task.labels,
-        max_tokens=max(len(e.target) for e in examples) + 4,
+        task=ready.task,
+        invocation=ready.examples[0].invocation,
+        invocation_text=ready.invocation_text,
+        card=write_card(ready.task, config, ready.invocation_text, done),
     )
-    return {"rows": len(examples), "best_epoch": result.best_epoch, "history": list(result.history)}
-
-
-def run_evaluation(model: str, data: DataConfig, adapters: Sequence[Path], *, progress: bool) -> dict[str, Figures]:
-    """Figures of the prompted base model and of each adapter folder on the same rows."""
-    from peft import LoraConfig, PeftModel
-
-    network, chat = load_network(model, progress=progress)
-    task, examples = load_examples(data, chat)
-    if not task.labels:
-        raise InputError(f"task {data.task} has no labels to evaluate")
-    base_kv = BaseKV(network, model_key=model)
-    labels = [chat.encode(label) for label in task.labels]
-    shown = "base" if progress else ""
-    asked = [replace(e, invocation=_question(chat, task)) for e in examples]
-    report = {
-        "base": by_group(
-            positive_probabilities(network, asked, labels, base_kv, progress=shown), examples, task.labels[0]
-        )
+    return {
+        "adapter": str(out),
+        "invocation": ready.invocation_text,
+        "invocation_tokens": list(ready.examples[0].invocation),
+        "rows": len(ready.examples),
+        "rows_left_out": ready.left_out,
+        "best_epoch": result.best_epoch + 1,
+        "history": list(result.history),
+        "prefix_tokens_computed": base_kv.computed_tokens,
     }
-    for folder in adapters:
-        settings = LoraConfig.from_pretrained(folder)
-        kv = base_kv if settings.alora_invocation_tokens else None
-        # On top of the base model's KV every token is the adapter's own. PEFT's aLoRA layers would wait for offsets
-        # that only its own forward gives them, and run the base model without a word.
-        settings.alora_invocation_tokens = None
-        wrapped = PeftModel.from_pretrained(network, folder, config=settings)
-        wrapped.eval()
-        shown = folder.name if progress else ""
-        found = positive_probabilities(wrapped.get_base_model(), examples, labels, kv, progress=shown)
-        report[folder.name] = by_group(found, examples, task.labels[0])
-        network = wrapped.unload()
-    return report
-
-
-def _question(chat: ChatTokenizer, task: Task) -> tuple[int, ...]:
-    return chat.encode(f"<|im_start|>user\n{task.question}<|im_end|>\n<|im_start|>assistant\n")

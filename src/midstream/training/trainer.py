@@ -1,11 +1,11 @@
-"""Training an adapter: the loop over epochs, with validation, early stopping and resumable checkpoints."""
+"""Training an adapter: the loop over steps, with validation, early stopping and resumable checkpoints."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import math
 import random
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
@@ -15,25 +15,32 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from midstream.errors import InputError
 from midstream.training.base_kv import BaseKV
+from midstream.training.checkpoint import LossRow, load_checkpoint, save_checkpoint, write_losses
 from midstream.training.data import Example
 from midstream.training.losses import batch_loss
+from midstream.training.prefix_cache import use_gradient_checkpointing
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+ALL_LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True, slots=True)
 class TrainConfig:
-    """How to train. `learning_rate` is AdamW's peak; it warms up linearly over `warmup` of the steps, then decays."""
+    """How to train. `learning_rate` is AdamW's peak; it warms up linearly over `warmup` of the steps, then decays.
+
+    `validation` is the share of the rows held out; training stops after `patience` epochs without a better loss there.
+    """
 
     kind: Literal["alora", "lora"] = "alora"
     rank: int = 16
     alpha: int = 32
-    targets: tuple[str, ...] = TARGETS
+    targets: tuple[str, ...] = ALL_LINEAR
+    dropout: float = 0.0
     learning_rate: float = 5e-4
     epochs: int = 3
     batch_size: int = 16
@@ -41,12 +48,13 @@ class TrainConfig:
     weight_decay: float = 0.0
     validation: float = 0.1
     patience: int = 2
+    gradient_checkpointing: bool = False
     seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """The network with the best epoch's adapter active, and the losses of each epoch."""
+    """The network with the best epoch's adapter active, and each epoch's training and validation loss."""
 
     network: Any
     best_epoch: int
@@ -61,61 +69,66 @@ def train(
     base_kv: BaseKV | None,
     run_folder: Path,
     progress: bool = False,
+    checkpoint_seconds: float = 60.0,
 ) -> TrainResult:
-    """Train an adapter on `model` (its weights stay as they are). Resumes from `run_folder` after a kill.
+    """Train an adapter on `model` (its weights stay as they are), going on from `run_folder` after a kill.
 
-    All of an aLoRA's trained tokens are its own, so on top of the base model's KV it trains as a plain LoRA.
+    All of an aLoRA's trained tokens are its own, so on top of the base model's KV it trains as a plain LoRA. A run that
+    was killed and goes on gives what it would have given, to the bit, as long as the KV fits the budget of `base_kv`.
+    Raises InputError when the rows are too few or `run_folder` is another run's.
     """
-    return _Run(model, examples, config, base_kv if config.kind == "alora" else None, run_folder, progress).run()
+    if len(examples) < 2:
+        raise InputError(f"{len(examples)} rows: at least 2 are needed, one to learn from and one to validate on")
+    run = _Run(model, examples, config, base_kv if config.kind == "alora" else None, run_folder)
+    with _bar(progress) as bar:
+        return run.run(bar, checkpoint_seconds)
 
 
 class _Run:
     def __init__(
-        self,
-        model: Any,
-        examples: Sequence[Example],
-        config: TrainConfig,
-        base_kv: BaseKV | None,
-        folder: Path,
-        progress: bool,
+        self, model: Any, examples: Sequence[Example], config: TrainConfig, base_kv: BaseKV | None, folder: Path
     ) -> None:
         torch.manual_seed(config.seed)
         self.config = config
         self.settings = {**asdict(config), "rows": _digest(examples)}
         self.base_kv = base_kv
         self.folder = folder
-        self.progress = progress
         held_out = max(1, int(len(examples) * config.validation))
         self.validation, self.training = list(examples[:held_out]), list(examples[held_out:])
-        lora = LoraConfig(
-            r=config.rank,
-            lora_alpha=config.alpha,
-            target_modules=list(config.targets),
-            lora_dropout=0.0,
-            task_type="CAUSAL_LM",
-        )
-        self.peft = get_peft_model(model, lora)
+        self.peft = get_peft_model(model, _lora(config))
         self.network = self.peft.get_base_model()
+        if config.gradient_checkpointing:
+            use_gradient_checkpointing(self.network)
         parameters = [p for p in self.peft.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-        self.steps = config.epochs * math.ceil(len(self.training) / config.batch_size)
+        self.steps_per_epoch = math.ceil(len(self.training) / config.batch_size)
+        self.steps = config.epochs * self.steps_per_epoch
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
         self.best: dict[str, Tensor] = {}
         self.history: list[dict[str, float]] = []
+        self.losses: list[LossRow] = []
 
-    def run(self) -> TrainResult:
+    def run(self, bar: Progress, checkpoint_seconds: float) -> TrainResult:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._resume()
-        with _bar(self.progress) as bar:
-            while len(self.history) < self.config.epochs and not self._exhausted():
-                epoch = len(self.history)
-                train_loss = self._epoch(epoch, bar)
-                entry = {"epoch": epoch, "train_loss": train_loss, "validation_loss": self._validate(bar)}
-                if not self.history or entry["validation_loss"] < self._best_loss():
-                    self.best = {k: v.clone() for k, v in get_peft_model_state_dict(self.peft).items()}
-                self.history.append(entry)
-                self._checkpoint()
+        if self.base_kv is not None:
+            prefixes = {e.prefix for e in (*self.training, *self.validation)}
+            task = bar.add_task("prefixes", total=len(prefixes))
+            self.base_kv.prepare(prefixes, lambda done: bar.advance(task, done))
+        task = bar.add_task("training", total=self.steps, completed=len(self.losses))
+        saved = time.monotonic()
+        while not self._finished():
+            for batch in self._batches_left():
+                self._step(batch)
+                bar.advance(task)
+                if time.monotonic() - saved >= checkpoint_seconds:
+                    self._save()
+                    saved = time.monotonic()
+            self._end_epoch()
+            bar.update(task, description=f"validation loss {self.history[-1]['validation_loss']:.4f}")
+            self._save()
         set_peft_model_state_dict(self.peft, self.best)
+        self.peft.eval()
         return TrainResult(self.peft, self._best_epoch(), tuple(self.history))
 
     def _rate(self, step: int) -> float:
@@ -124,28 +137,50 @@ class _Run:
             return (step + 1) / warm
         return max(0.02, (self.steps - step) / max(1, self.steps - warm))
 
-    def _epoch(self, epoch: int, bar: Progress) -> float:
+    def _finished(self) -> bool:
+        epochs = len(self.history)
+        return epochs >= self.config.epochs or (epochs > 0 and epochs - 1 - self._best_epoch() >= self.config.patience)
+
+    def _batches_left(self) -> list[list[Example]]:
+        """The batches of this epoch that have not been trained on: all of them, unless the run was resumed in it."""
+        epoch = len(self.history)
         batches = _batches(self.training, self.config.batch_size, self.config.seed + epoch)
+        return batches[len(self.losses) - epoch * self.steps_per_epoch :]
+
+    def _step(self, batch: Sequence[Example]) -> None:
         self.peft.train()
-        total = 0.0
-        for batch in bar.track(batches, description=f"epoch {epoch + 1}/{self.config.epochs}"):
-            loss = batch_loss(self.network, batch, self.base_kv)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.peft.parameters(), 1.0)
-            self.optimizer.step()
-            self.scheduler.step()
-            self.optimizer.zero_grad()
-            total += float(loss.detach()) * len(batch)
-        return total / len(self.training)
+        rate = float(self.scheduler.get_last_lr()[0])
+        loss = batch_loss(self.network, batch, self.base_kv)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.peft.parameters(), 1.0)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        self.losses.append(
+            {
+                "step": len(self.losses) + 1,
+                "epoch": len(self.history) + 1,
+                "learning_rate": rate,
+                "train_loss": float(loss.detach()),
+                "validation_loss": None,
+            }
+        )
+
+    def _end_epoch(self) -> None:
+        done = self.losses[len(self.history) * self.steps_per_epoch :]
+        train_loss = sum(float(row["train_loss"] or 0.0) for row in done) / len(done)
+        entry = {"epoch": len(self.history) + 1, "train_loss": train_loss, "validation_loss": self._validate()}
+        if not self.history or entry["validation_loss"] < self._best_loss():
+            self.best = {k: v.clone() for k, v in get_peft_model_state_dict(self.peft).items()}
+        self.history.append(entry)
+        self.losses[-1]["validation_loss"] = entry["validation_loss"]
+        write_losses(self.folder, self.losses)
 
     @torch.no_grad()
-    def _validate(self, bar: Progress) -> float:
+    def _validate(self) -> float:
         self.peft.eval()
         batches = _batches(self.validation, self.config.batch_size, None)
-        losses = [
-            float(batch_loss(self.network, batch, self.base_kv)) * len(batch)
-            for batch in bar.track(batches, description="validation")
-        ]
+        losses = [float(batch_loss(self.network, batch, self.base_kv)) * len(batch) for batch in batches]
         return sum(losses) / len(self.validation)
 
     def _best_loss(self) -> float:
@@ -154,40 +189,38 @@ class _Run:
     def _best_epoch(self) -> int:
         return min(range(len(self.history)), key=lambda i: self.history[i]["validation_loss"])
 
-    def _exhausted(self) -> bool:
-        return bool(self.history) and len(self.history) - 1 - self._best_epoch() >= self.config.patience
-
-    def _checkpoint(self) -> None:
-        """Written beside and renamed, so that a kill leaves the last whole one."""
-        part = self.folder / "checkpoint.part"
-        torch.save(
-            {
-                "config": self.settings,
-                "adapter": get_peft_model_state_dict(self.peft),
-                "best": self.best,
-                "optimizer": self.optimizer.state_dict(),
-                "scheduler": self.scheduler.state_dict(),
-                "history": self.history,
-            },
-            part,
-        )
-        part.rename(self.folder / "checkpoint.pt")
-        with (self.folder / "loss.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, ["epoch", "train_loss", "validation_loss"])
-            writer.writeheader()
-            writer.writerows(self.history)
+    def _save(self) -> None:
+        state = {
+            "settings": self.settings,
+            "adapter": get_peft_model_state_dict(self.peft),
+            "best": self.best,
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "random": torch.get_rng_state(),
+            "history": self.history,
+            "losses": self.losses,
+        }
+        save_checkpoint(self.folder, state)
 
     def _resume(self) -> None:
-        path = self.folder / "checkpoint.pt"
-        if not path.is_file():
+        state = load_checkpoint(self.folder, self.settings)
+        if state is None:
             return
-        state = torch.load(path, weights_only=True)
-        if state["config"] != self.settings:
-            raise InputError(f"{path} was made with other settings or rows: use another run folder, or remove it")
         set_peft_model_state_dict(self.peft, state["adapter"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        self.best, self.history = state["best"], state["history"]
+        torch.set_rng_state(state["random"])
+        self.best, self.history, self.losses = state["best"], state["history"], state["losses"]
+
+
+def _lora(config: TrainConfig) -> LoraConfig:
+    return LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        target_modules=list(config.targets),
+        lora_dropout=config.dropout,
+        task_type="CAUSAL_LM",
+    )
 
 
 def _digest(examples: Sequence[Example]) -> str:
@@ -198,6 +231,10 @@ def _digest(examples: Sequence[Example]) -> str:
 def _batches(examples: list[Example], size: int, seed: int | None) -> list[list[Example]]:
     """Examples of like length together (padding costs time); the order of the batches is the seed's."""
     order = sorted(examples, key=lambda e: len(e.prefix))
+    if seed is not None:
+        # Other neighbours among like ones each epoch: a rank of jittered lengths.
+        rng = random.Random(seed)
+        order = sorted(examples, key=lambda e: len(e.prefix) * rng.uniform(0.9, 1.1))
     batches = [order[i : i + size] for i in range(0, len(order), size)]
     if seed is not None:
         random.Random(seed).shuffle(batches)
@@ -205,5 +242,5 @@ def _batches(examples: list[Example], size: int, seed: int | None) -> list[list[
 
 
 def _bar(shown: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), disable=not shown)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not shown)

@@ -1,0 +1,1 @@
+"""Measuring adapters: tasks, metrics with intervals, baselines, reports."""

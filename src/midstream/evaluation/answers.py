@@ -1,0 +1,102 @@
+"""The base model's own answers to questions with known ones: what `certainty` learns from and is measured against."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import re
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from midstream.backend import Backend
+from midstream.types import Chat, Choice, Document, Message, Request, SamplingParams
+
+_MAX_TOKENS = 16
+_TEMPERATURE = 0.7
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question, its passage if it has one, the options if it is multiple choice, and the right answers."""
+
+    id: str
+    source: str
+    chat: Chat
+    options: tuple[str, ...]
+    right: tuple[str, ...]
+
+
+def read_question(row: Mapping[str, Any]) -> Question:
+    """A question from {question, [passage], choices, gold} or {question, answers}. Raises KeyError, ValueError."""
+    options = tuple(str(choice) for choice in row.get("choices") or ())
+    right = (options[row["gold"]],) if options else tuple(row["answers"])
+    if not right:
+        raise ValueError("the question has no right answer")
+    documents = (Document(text=row["passage"]),) if row.get("passage") else ()
+    message = Message(role="user", content=_ask(row["question"], options), documents=documents)
+    return Question(str(row["id"]), str(row.get("source", "")), Chat(messages=(message,)), options, right)
+
+
+def _ask(question: str, options: Sequence[str]) -> str:
+    if options:
+        return "\n".join([question, "Answer with one of:", *(f"- {option}" for option in options)])
+    return f"{question}\nAnswer in a few words."
+
+
+async def sample_answers(backend: Backend, question: Question, count: int, seed: int) -> list[str]:
+    """`count` answers of the base model at temperature 0.7; where there are options, each answer is one of them."""
+    params = SamplingParams(
+        n=count,
+        temperature=_TEMPERATURE,
+        max_tokens=max(_MAX_TOKENS, 4 * max(map(len, question.options), default=0)),
+        stop=() if question.options else ("\n",),
+        constraint=Choice(options=tuple(dict.fromkeys(question.options))) if question.options else None,
+        seed=seed,
+    )
+    completion = await backend.complete(Request(prompt=question.chat, params=params))
+    return [choice.text.strip() for choice in completion.choices]
+
+
+def is_right(answer: str, right: Sequence[str]) -> bool:
+    """Whether an answer contains a right one, word for word after SQuAD's normalisation (Rajpurkar et al., 2016)."""
+    words = f" {_normalise(answer)} "
+    return any(f" {_normalise(each)} " in words for each in right if _normalise(each))
+
+
+def _normalise(text: str) -> str:
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def certainty_row(question: Question, answers: Sequence[str]) -> dict[str, Any]:
+    """A training row: the question with the first answer, and the share of the answers that are right.
+
+    The answers are drawn alike, so that share is the chance that the one shown is right.
+    """
+    correct = [is_right(answer, question.right) for answer in answers]
+    shown = Message(role="assistant", content=answers[0] or "I do not know.")
+    return {
+        "id": question.id,
+        "source": question.source,
+        "messages": [message.model_dump() for message in (*question.chat.messages, shown)],
+        "share": sum(correct) / len(correct),
+        "correct": correct[0],
+        "answers": list(answers),
+    }
+
+
+async def certainty_rows(
+    backend: Backend, questions: Sequence[Question], *, count: int, seed: int, at_once: int = 8
+) -> list[dict[str, Any]]:
+    """Ask the base model each question `count` times; rows in the order of the questions."""
+    room = asyncio.Semaphore(at_once)
+
+    async def one(question: Question) -> dict[str, Any]:
+        async with room:
+            # The seed is the question's own, so that the rest of the file does not change its answers.
+            own = random.Random(f"{seed}:{question.id}").getrandbits(62)
+            return certainty_row(question, await sample_answers(backend, question, count, own))
+
+    return await asyncio.gather(*(one(question) for question in questions))

@@ -1,4 +1,4 @@
-"""Figures of merit with bootstrap intervals. The measures are those of scikit-learn, torchmetrics and rouge-score."""
+"""Figures of merit with bootstrap intervals. The measures themselves are those of torchmetrics and rouge-score."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rouge_score.rouge_scorer import RougeScorer
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, roc_auc_score
-from torchmetrics.functional.classification import binary_calibration_error, multiclass_calibration_error
+from torch import Tensor
+from torchmetrics.functional import classification as tm
 
 from midstream.evaluation.predict import Prediction
 from midstream.training.tasks import Row, Task
@@ -39,9 +39,8 @@ def measures(predictions: Sequence[Prediction], rows: Sequence[Row], task: Task)
     if task.kind == "text":
         return _text_measures(predictions, rows, task)
     if task.kind == "scale":
-        return _chance_measures(
-            np.array([p.value() for p in predictions]), np.array([bool(row.correct) for row in rows])
-        )
+        chances = torch.tensor([p.value() for p in predictions], dtype=torch.float64)
+        return _chance_measures(chances, torch.tensor([bool(row.correct) for row in rows]))
     return _label_measures(predictions, rows, task)
 
 
@@ -71,49 +70,58 @@ def _figure(value: float, samples: Any) -> Figure:
 
 def _label_measures(predictions: Sequence[Prediction], rows: Sequence[Row], task: Task) -> dict[str, Measure]:
     number = {label: i for i, label in enumerate(task.labels)}
-    none = len(task.labels)
-    truth = np.array([number[row.target] for row in rows])
-    said = np.array([number.get(p.answer, none) for p in predictions])
-    binary = len(task.labels) == 2
-    labels = [0] if binary else list(range(none))
+    count = len(task.labels)
+    truth = torch.tensor([number[row.target] for row in rows])
+    said = torch.tensor([number.get(p.answer, -1) for p in predictions])
+    # An answer that is no label is wrong, whatever the right one is.
+    said = torch.where(said < 0, (truth + 1) % count, said)
+    shares = None
+    if all(p.probabilities is not None for p in predictions):
+        shares = torch.tensor([p.probabilities for p in predictions], dtype=torch.float64)
+    if count == 2:
+        return _binary(truth == 0, said == 0, None if shares is None else shares[:, 0])
     found: dict[str, Measure] = {
-        "accuracy": lambda d: float(accuracy_score(truth[d], said[d])),
-        "balanced_accuracy": lambda d: _balanced(truth[d], said[d], none),
-        "f1": lambda d: float(f1_score(truth[d], said[d], labels=labels, average="macro", zero_division=0.0)),
+        "accuracy": _on(tm.multiclass_accuracy, said, truth, num_classes=count, average="micro"),
+        "balanced_accuracy": _on(tm.multiclass_accuracy, said, truth, num_classes=count, average="macro"),
+        "f1": _on(tm.multiclass_f1_score, said, truth, num_classes=count, average="macro"),
     }
-    if any(p.probabilities is None for p in predictions):
-        return found
-    shares = np.array([p.probabilities for p in predictions])
-    if binary:
-        chances = _chance_measures(shares[:, 0], truth == 0)
-        return {**found, "auroc": chances["auroc"], "ece": chances["ece"]}
-    return {
-        **found,
-        "auroc": lambda d: _auroc_of_many(truth[d], shares[d]),
-        "ece": lambda d: float(
-            multiclass_calibration_error(
-                torch.from_numpy(shares[d]), torch.from_numpy(truth[d]), num_classes=none, n_bins=_BINS
-            )
-        ),
-    }
+    if shares is not None:
+        found["auroc"] = _on(tm.multiclass_auroc, shares, truth, num_classes=count)
+        found["ece"] = _on(tm.multiclass_calibration_error, shares, truth, num_classes=count, n_bins=_BINS)
+    return found
 
 
-def _chance_measures(chances: Any, came_true: Any) -> dict[str, Measure]:
-    """Of chances [rows] that something is so, and whether it was."""
-    guess = chances >= 0.5
-    return {
-        "accuracy": lambda d: float(accuracy_score(came_true[d], guess[d])),
-        "balanced_accuracy": lambda d: _balanced(came_true[d].astype(int), guess[d].astype(int), 2),
-        "f1": lambda d: float(f1_score(came_true[d], guess[d], zero_division=0.0)),
-        "auroc": lambda d: _auroc(came_true[d], chances[d]),
-        "ece": lambda d: float(
-            binary_calibration_error(
-                torch.from_numpy(np.ascontiguousarray(chances[d])),
-                torch.from_numpy(came_true[d].astype(np.int64)),
-                n_bins=_BINS,
-            )
-        ),
+def _chance_measures(chances: Tensor, came_true: Tensor) -> dict[str, Measure]:
+    return _binary(came_true, chances >= 0.5, chances)
+
+
+def _binary(truth: Tensor, said: Tensor, chances: Tensor | None) -> dict[str, Measure]:
+    """Of a yes or no [rows], what was said, and the chances that were given to a yes."""
+    right, answer = truth.long(), said.long()
+    found: dict[str, Measure] = {
+        "accuracy": _on(tm.binary_accuracy, answer, right),
+        "balanced_accuracy": _on(tm.multiclass_accuracy, answer, right, num_classes=2, average="macro"),
+        "f1": _on(tm.binary_f1_score, answer, right),
     }
+    if chances is not None:
+        found["auroc"] = _on(tm.binary_auroc, chances, right)
+        found["ece"] = _on(tm.binary_calibration_error, chances, right, n_bins=_BINS)
+    return found
+
+
+def _on(metric: Callable[..., Tensor], given: Tensor, truth: Tensor, **options: Any) -> Measure:
+    """A metric of torchmetrics on some rows. NaN where it needs every label and not all are among them."""
+    classes = len(truth.unique())
+    needs_all = metric in (tm.binary_auroc, tm.multiclass_auroc) or options.get("average") == "macro"
+
+    def measure(draw: Index) -> float:
+        index = torch.from_numpy(draw)
+        chosen = truth[index]
+        if needs_all and (classes < options.get("num_classes", 2) or len(chosen.unique()) < classes):
+            return float("nan")
+        return float(metric(given[index], chosen, validate_args=False, **options))
+
+    return measure
 
 
 def _text_measures(predictions: Sequence[Prediction], rows: Sequence[Row], task: Task) -> dict[str, Measure]:
@@ -139,22 +147,3 @@ def text_of(answer: Any, task: Task) -> str:
 
 def _plain(text: str) -> str:
     return " ".join("".join(c if c.isalnum() else " " for c in text.lower()).split())
-
-
-def _balanced(truth: Any, said: Any, none: int) -> float:
-    """NaN where only one label is there. An answer that is no label counts as wrong, not as a label of its own."""
-    present = np.unique(truth)
-    if len(present) < 2:
-        return float("nan")
-    wrong = (truth + 1) % none
-    return float(balanced_accuracy_score(truth, np.where(said == none, np.where(wrong == truth, 0, wrong), said)))
-
-
-def _auroc(truth: Any, scores: Any) -> float:
-    return float("nan") if truth.all() or not truth.any() else float(roc_auc_score(truth, scores))
-
-
-def _auroc_of_many(truth: Any, shares: Any) -> float:
-    if len(np.unique(truth)) < shares.shape[1]:
-        return float("nan")
-    return float(roc_auc_score(truth, shares / shares.sum(axis=1, keepdims=True), multi_class="ovr", average="macro"))

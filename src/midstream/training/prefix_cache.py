@@ -49,7 +49,7 @@ def use_gradient_checkpointing(network: Any) -> None:
     transformers takes the cache away from a checkpointed layer, and with it the prefix, unless the layer only reads it.
     Ours are only read.
     """
-    network.gradient_checkpointing_enable({"use_reentrant": False})
+    network.activation_checkpointing_enable({"use_reentrant": False})
     for module in network.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module._can_checkpoint_with_cache = True

@@ -6,7 +6,7 @@ import hashlib
 import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -70,18 +70,20 @@ def train(
     run_folder: Path,
     progress: bool = False,
     checkpoint_seconds: float = 60.0,
+    on_epoch: Callable[[dict[str, float]], None] = lambda entry: None,
 ) -> TrainResult:
     """Train an adapter on `model` (its weights stay as they are), going on from `run_folder` after a kill.
 
     All of an aLoRA's trained tokens are its own, so on top of the base model's KV it trains as a plain LoRA. A run that
     was killed and goes on gives what it would have given, to the bit, as long as the KV fits the budget of `base_kv`.
+    `on_epoch` is called with each epoch's losses.
     Raises InputError when the rows are too few or `run_folder` is another run's.
     """
     if len(examples) < 2:
         raise InputError(f"{len(examples)} rows: at least 2 are needed, one to learn from and one to validate on")
     run = _Run(model, examples, config, base_kv if config.kind == "alora" else None, run_folder)
     with _bar(progress) as bar:
-        return run.run(bar, checkpoint_seconds)
+        return run.run(bar, checkpoint_seconds, on_epoch)
 
 
 class _Run:
@@ -103,12 +105,16 @@ class _Run:
         self.optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
         self.steps_per_epoch = math.ceil(len(self.training) / config.batch_size)
         self.steps = config.epochs * self.steps_per_epoch
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: rate_factor(step, self.steps, config.warmup)
+        )
         self.best: dict[str, Tensor] = {}
         self.history: list[dict[str, float]] = []
         self.losses: list[LossRow] = []
 
-    def run(self, bar: Progress, checkpoint_seconds: float) -> TrainResult:
+    def run(
+        self, bar: Progress, checkpoint_seconds: float, on_epoch: Callable[[dict[str, float]], None]
+    ) -> TrainResult:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._resume()
         if self.base_kv is not None:
@@ -127,15 +133,10 @@ class _Run:
             self._end_epoch()
             bar.update(task, description=f"validation loss {self.history[-1]['validation_loss']:.4f}")
             self._save()
+            on_epoch(self.history[-1])
         set_peft_model_state_dict(self.peft, self.best)
         self.peft.eval()
         return TrainResult(self.peft, self._best_epoch(), tuple(self.history))
-
-    def _rate(self, step: int) -> float:
-        warm = max(1, int(self.steps * self.config.warmup))
-        if step < warm:
-            return (step + 1) / warm
-        return max(0.02, (self.steps - step) / max(1, self.steps - warm))
 
     def _finished(self) -> bool:
         epochs = len(self.history)
@@ -144,7 +145,7 @@ class _Run:
     def _batches_left(self) -> list[list[Example]]:
         """The batches of this epoch that have not been trained on: all of them, unless the run was resumed in it."""
         epoch = len(self.history)
-        batches = _batches(self.training, self.config.batch_size, self.config.seed + epoch)
+        batches = epoch_batches(self.training, self.config.batch_size, self.config.seed + epoch)
         return batches[len(self.losses) - epoch * self.steps_per_epoch :]
 
     def _step(self, batch: Sequence[Example]) -> None:
@@ -179,7 +180,7 @@ class _Run:
     @torch.no_grad()
     def _validate(self) -> float:
         self.peft.eval()
-        batches = _batches(self.validation, self.config.batch_size, None)
+        batches = epoch_batches(self.validation, self.config.batch_size, None)
         losses = [float(batch_loss(self.network, batch, self.base_kv)) * len(batch) for batch in batches]
         return sum(losses) / len(self.validation)
 
@@ -213,6 +214,14 @@ class _Run:
         self.best, self.history, self.losses = state["best"], state["history"], state["losses"]
 
 
+def rate_factor(step: int, steps: int, warmup: float) -> float:
+    """The learning rate of a step as a share of its peak: linear warm-up over a share of all steps, linear decay."""
+    warm = max(1, int(steps * warmup))
+    if step < warm:
+        return (step + 1) / warm
+    return max(0.02, (steps - step) / max(1, steps - warm))
+
+
 def _lora(config: TrainConfig) -> LoraConfig:
     return LoraConfig(
         r=config.rank,
@@ -228,7 +237,7 @@ def _digest(examples: Sequence[Example]) -> str:
     return hashlib.sha256(repr([astuple(example) for example in examples]).encode()).hexdigest()
 
 
-def _batches(examples: list[Example], size: int, seed: int | None) -> list[list[Example]]:
+def epoch_batches(examples: list[Example], size: int, seed: int | None) -> list[list[Example]]:
     """Examples of like length together (padding costs time); the order of the batches is the seed's."""
     order = sorted(examples, key=lambda e: len(e.prefix))
     if seed is not None:

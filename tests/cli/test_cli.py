@@ -175,23 +175,47 @@ def test_train_writes_a_folder_that_can_be_called(cli: Cli, tmp_path: Path) -> N
     rows = [{"text": f"word {i % 7} {'bad' if i % 2 else 'good'}", "label": i % 2} for i in range(24)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     train = ("train", "--task", "jailbreak", "--data", str(tmp_path / "rows.jsonl"), "--model", str(cli.home / "tiny"))
-    options = ("--rank", "2", "--epochs", "1", "--run-folder", str(tmp_path / "run"), "--json")
+    options = ("--rank", "2", "--epochs", "1", "--kv-disk", "0", "--run-folder", str(tmp_path / "run"), "--json")
     out, _ = cli(*train, "--out", str(tmp_path / "mine"), *options)
     assert json.loads(out)["rows"] == 24
-    out, _ = cli(*train, "--out", str(tmp_path / "mine"), "--evaluate", str(tmp_path / "rows.jsonl"), "--json")
-    assert set(json.loads(out)) == {"base", "mine"}
+    assert repr(json.loads(out)["invocation"]) in (tmp_path / "mine" / "README.md").read_text()
+    measure = ("eval", str(tmp_path / "mine"), "--data", str(tmp_path / "rows.jsonl"), *train[-2:])
+    out, _ = cli(*measure, "--json", "--png", str(tmp_path / "curves.png"), "--card", "Here")
+    report = json.loads(out)
+    assert report["n"] == 24
+    assert {"base", "base_constrained", "alora", "tfidf"} == set(report["arms"])
+    assert (tmp_path / "curves.png").is_file()
+    assert "### Here" in (tmp_path / "mine" / "README.md").read_text()
+    out, _ = cli(*measure, "--max-rows", "6")
+    assert "base_constrained" in out
     where = ("--model", str(cli.home / "tiny"), "--adapters", str(tmp_path / "mine"))
     out, _ = cli("call", "mine", "--chat", str(cli.home / "chat.json"), *where, "--json")
     assert json.loads(out)[0]["result"] in ("yes", "no")
     (tmp_path / "rows.jsonl").write_text("{}")
     _, err = cli(*train, "--out", str(tmp_path / "x"), *options, status=2)
     assert "line 1" in err
+    _, err = cli("eval", "nobody", *measure[2:], status=2)
+    assert "no adapter 'nobody'" in err
+
+
+def test_sample_asks_the_base_model_and_goes_on_where_it_stopped(cli: Cli, tmp_path: Path) -> None:
+    rows = [{"id": f"q{i}", "source": "s", "question": "is it?", "choices": ["no", "yes"], "gold": 1} for i in range(5)]
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = ("sample", "--data", str(tmp_path / "questions.jsonl"), "--out", str(tmp_path / "rows.jsonl"))
+    options = ("--answers", "3", "--model", str(cli.home / "tiny"))
+    cli(*command, *options, "--max-rows", "2")
+    first = (tmp_path / "rows.jsonl").read_text()
+    assert first.count("\n") == 2
+    cli(*command, *options)
+    whole = (tmp_path / "rows.jsonl").read_text()
+    assert whole.startswith(first)
+    assert sorted(json.loads(line)["id"] for line in whole.splitlines()) == [f"q{i}" for i in range(5)]
 
 
 def test_the_installed_command_has_help_and_status_2_for_unknown_words() -> None:
     command = [sys.executable, "-m", "midstream.cli.main"]
     shown = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True)
-    for verb in ("demo", "chat", "complete", "call", "train", "adapters", "models"):
+    for verb in ("demo", "chat", "complete", "call", "train", "eval", "sample", "adapters", "models"):
         assert verb in shown.stdout
     wrong = subprocess.run([*command, "nonsense"], capture_output=True, text=True, check=False)
     assert wrong.returncode == 2

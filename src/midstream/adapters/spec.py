@@ -66,7 +66,8 @@ class AdapterSpec:
     """A checked adapter configuration.
 
     `invocation_tokens` is empty for a plain LoRA. `invocation_text` is what to append when the adapter is called.
-    `reads`: which end of a conversation the adapter judges. `metadata`: where it comes from, as the folder tells it.
+    `reads`: which end of a conversation the adapter judges. `metadata`: where it comes from and
+    what it was trained for, as the folder tells it.
     """
 
     name: str
@@ -115,7 +116,10 @@ class _Reader:
             invocation_text=sidecar.get("invocation_text") or text,
             targets=TargetReader(config, self._no).read(shapes),
             reads=cast(Reads, sidecar.get("reads", "any")),
-            metadata={key: config[key] for key in _METADATA if isinstance(config.get(key), str)},
+            metadata={
+                **{key: config[key] for key in _METADATA if isinstance(config.get(key), str)},
+                **({"task": sidecar["task"]} if sidecar.get("task") else {}),
+            },
         )
 
     # ------------------------------------------------------------------ files
@@ -151,7 +155,7 @@ class _Reader:
         content = self._json(SIDECAR_FILE)
         if content is None:
             return {}
-        unknown = set(content) - {"format", "invocation_text", "reads"}
+        unknown = set(content) - {"format", "invocation_text", "reads", "task"}
         if unknown:
             self._no(f"{SIDECAR_FILE} has unknown keys {shown(sorted(unknown))}")
         version = content.get("format")
@@ -161,8 +165,8 @@ class _Reader:
         if reads not in ("user", "assistant", "any"):
             self._no(f"{SIDECAR_FILE}: reads is {shown(reads)}, not user, assistant or any")
             reads = "any"
-        text = content.get("invocation_text", "")
-        return {"invocation_text": self._text(text, f"{SIDECAR_FILE}: invocation_text"), "reads": reads}
+        texts = {key: self._text(content.get(key, ""), f"{SIDECAR_FILE}: {key}") for key in ("invocation_text", "task")}
+        return {**texts, "reads": reads}
 
     # ------------------------------------------------------------------ fields
 

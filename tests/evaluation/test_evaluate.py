@@ -12,6 +12,8 @@ import pytest
 from midstream.errors import DataError, InputError
 from midstream.evaluation.answers import certainty_row, certainty_rows, is_right, read_question
 from midstream.evaluation.baselines import shortcuts, word_overlap
+from midstream.evaluation.catalogue import headline, read_entry
+from midstream.evaluation.catalogue import markdown as catalogue
 from midstream.evaluation.report import markdown, update_card, write_picture
 from midstream.evaluation.rows import EvalData, load_rows
 from midstream.evaluation.run import evaluate
@@ -81,14 +83,24 @@ def test_a_trained_adapter_beats_the_base_model_and_the_report_says_so(
 
 
 def test_a_card_takes_figures_and_replaces_those_of_the_same_title(engine: Engine, home: Path) -> None:
+    (info,) = engine.adapters()
+    found = run(engine, "jailbreak", EvalData((home / "rows.jsonl",), max_rows=12), alora=info)
     folder, card = home / "mine", home / "mine" / "README.md"
-    update_card(folder, "On b", "first")
-    update_card(folder, "On a", "other")
-    update_card(folder, "On b", "second")
+    for title, command in (("On b", "first"), ("On a", "other"), ("On b", "second")):
+        update_card(folder, title, found, command)
     inside = card.read_text().split(FIGURES_START)[1].split(FIGURES_END)[0]
-    assert inside.split("\n") == ["", "### On a", "", "other", "", "### On b", "", "second", "", ""]
+    assert [line for line in inside.split("\n") if line.startswith("### ")] == ["### On b", "### On a"]
+    assert "second" in inside
+    assert "first" not in inside
     with pytest.raises(InputError, match="no place for figures"):
-        update_card(home, "On a", "x")
+        update_card(home, "On a", found, "x")
+    entry = read_entry(folder)
+    assert (entry.task, entry.kind, entry.rank) == ("jailbreak", "alora", 8)
+    assert list(entry.figures) == ["On b", "On a"]
+    assert "auroc" in headline(entry)
+    shown = catalogue([entry])
+    assert "[mine](mine/README.md)" in shown
+    assert "| mine | On a | 12 | accuracy |" in shown
 
 
 def test_bad_rows_are_refused_before_anything_is_asked(engine: Engine, tmp_path: Path) -> None:

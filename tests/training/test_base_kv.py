@@ -88,3 +88,16 @@ def test_a_damaged_file_is_computed_again(tmp_path: Path) -> None:
     for file in tmp_path.glob("*/*.safetensors"):
         file.write_bytes(b"damaged")
     assert_same(BaseKV(tiny_llama(), folder=tmp_path, disk_bytes=10**8).batch(PREFIXES), expected)
+
+
+def test_the_oldest_entries_of_earlier_runs_make_way_and_the_runs_own_do_not(tmp_path: Path) -> None:
+    model = tiny_llama()
+    BaseKV(model, folder=tmp_path, disk_bytes=10**8).prepare(PREFIXES)
+    size = sum(file.stat().st_size for file in tmp_path.glob("*/*.safetensors"))
+    others = [tuple((i * 11 + j) % 199 for j in range(8)) for i in range(4)]
+    later = BaseKV(model, memory_bytes=0, folder=tmp_path, disk_bytes=size // 2)
+    later.prepare(others)
+    computed = later.computed_tokens
+    later.prepare(others)
+    assert later.computed_tokens == computed
+    assert sum(file.stat().st_size for file in tmp_path.glob("*/*.safetensors")) <= size // 2 + 2000

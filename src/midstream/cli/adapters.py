@@ -35,11 +35,26 @@ def list_adapters(model: Model = DEFAULT_MODEL, adapters: Adapters = None, as_js
     if as_json:
         print_json([_row(info) for info in infos])
         return
-    table = Table("name", "kind", "rank", "MB", "invocation", "digest")
+    from midstream.evaluation.catalogue import headline, read_entry
+
+    table = Table("name", "kind", "rank", "MB", "answers", "invocation", "figures")
     for info in infos:
-        shown = repr(info.invocation_text)
-        table.add_row(info.name, info.kind, str(info.rank), f"{info.size_bytes / 1e6:.1f}", shown, info.digest[:12])
+        entry = read_entry(Path(info.path))
+        size = f"{info.size_bytes / 1e6:.1f}"
+        invocation = repr(info.invocation_text)
+        table.add_row(info.name, info.kind, str(info.rank), size, entry.answer, invocation, headline(entry))
     Console().print(table)
+
+
+@app.command()
+def catalogue(folder: Annotated[Path, typer.Argument(help="A folder of adapters.")]) -> None:
+    """What a library holds, as Markdown: contracts, invocations, figures with intervals, licences."""
+    from midstream.evaluation.catalogue import markdown, read_entries
+
+    entries = read_entries(folder)
+    if not entries:
+        raise InputError(f"{folder} holds no adapters (no adapter_config.json)")
+    typer.echo(markdown(entries))
 
 
 @app.command()

@@ -46,7 +46,7 @@ def evaluate(
     Arms: base (the base model asked in words, its free answer read), base_constrained (held to the same answers),
     alora or lora, the plain LoRA twin NAME-lora where the library has one, and the data's shortcuts.
     """
-    from midstream.evaluation.report import markdown, table, update_card, write_picture
+    from midstream.evaluation.report import table, update_card, write_picture
     from midstream.evaluation.rows import EvalData, load_rows
     from midstream.evaluation.run import arm_count
     from midstream.evaluation.run import evaluate as run
@@ -74,7 +74,7 @@ def evaluate(
         write_picture(png, found)
     if card is not None:
         command = "midstream " + " ".join(map(shlex.quote, sys.argv[1:]))
-        update_card(Path(main.path), card, markdown(found, command))
+        update_card(Path(main.path), card, found, command)
     if as_json:
         print_json(found.as_dict())
     else:

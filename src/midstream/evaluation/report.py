@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import roc_curve
 
 from midstream.errors import InputError
+from midstream.evaluation.catalogue import FIGURES_FILE
 from midstream.evaluation.metrics import Figure
 from midstream.evaluation.run import Evaluation, Figures
 from midstream.training.card import FIGURES_END, FIGURES_START
@@ -96,8 +98,8 @@ def markdown(evaluation: Evaluation, command: str) -> str:
     return "\n".join([*lines, "", "```sh", command, "```"])
 
 
-def update_card(folder: Path, title: str, text: str) -> None:
-    """Put figures under a title into a card, in the place of those under the same title.
+def update_card(folder: Path, title: str, evaluation: Evaluation, command: str) -> None:
+    """Put figures under a title into a card and into evaluation.json, in the place of those under the same title.
 
     Raises InputError where the folder has no card with a place for them.
     """
@@ -107,10 +109,14 @@ def update_card(folder: Path, title: str, text: str) -> None:
         raise InputError(f"{path} has no place for figures ({FIGURES_START} ... {FIGURES_END})")
     before, rest = content.split(FIGURES_START, 1)
     inside, after = rest.split(FIGURES_END, 1)
-    parts = [part for part in inside.split("\n### ")[1:] if part.split("\n", 1)[0] != title]
-    sections = sorted([*(part.strip("\n") for part in parts), f"{title}\n\n{text}"])
-    body = "".join(f"\n### {section}\n" for section in sections)
+    sections = dict(part.split("\n", 1) for part in inside.split("\n### ")[1:])
+    sections[title] = markdown(evaluation, command)
+    body = "".join(f"\n### {name}\n\n{text.strip()}\n" for name, text in sections.items())
     path.write_text(f"{before}{FIGURES_START}{body}\n{FIGURES_END}{after}", encoding="utf-8")
+    figures = folder / FIGURES_FILE
+    reports = json.loads(figures.read_text(encoding="utf-8")) if figures.is_file() else {}
+    reports[title] = {"command": command, **evaluation.as_dict()}
+    figures.write_text(json.dumps(reports, indent=1) + "\n", encoding="utf-8")
 
 
 def _rows(arms: Mapping[str, Figures], first: str) -> list[str]:

@@ -44,7 +44,9 @@ class BaseKV:
         self._disk_bytes = disk_bytes
         self._kept: dict[str, Tensor] = {}
         self._kept_bytes = 0
-        self._on_disk_bytes = _folder_bytes(folder)
+        self._on_disk = _files(folder)
+        # Entries that this run has asked for stay: taking them away for one another would help nobody.
+        self._used: set[str] = set()
         self.computed_tokens = 0
 
     def prepare(self, prefixes: Iterable[Prefix], tick: Callable[[int], None] = lambda done: None) -> None:
@@ -71,6 +73,7 @@ class BaseKV:
         return hashlib.sha256(f"{self._model_digest}|{','.join(map(str, prefix))}".encode()).hexdigest()
 
     def _find(self, key: str) -> Tensor | None:
+        self._used.add(key)
         if key in self._kept:
             return self._kept[key]
         path = self._path(key)
@@ -78,6 +81,7 @@ class BaseKV:
             return None
         try:
             entry = load_file(path)["kv"]
+            os.utime(path)  # just used: among the last to make way
         except (SafetensorError, OSError, KeyError):
             return None  # damaged or just taken away: computed again
         self._remember(key, entry)
@@ -97,13 +101,25 @@ class BaseKV:
 
     def _write(self, key: str, entry: Tensor) -> None:
         path = self._path(key)
-        if path is None or path.is_file() or self._on_disk_bytes + entry.nbytes > self._disk_bytes:
+        if path is None or path.is_file() or not self._make_room(entry.nbytes):
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}.part")
         save_file({"kv": entry.contiguous()}, part)
         part.rename(path)
-        self._on_disk_bytes += entry.nbytes
+        self._on_disk[key] = entry.nbytes
+
+    def _make_room(self, size: int) -> bool:
+        """Whether an entry fits on disk, after the oldest of earlier runs have made way."""
+        total = sum(self._on_disk.values())
+        for key in [key for key in self._on_disk if key not in self._used]:
+            if total + size <= self._disk_bytes:
+                break
+            total -= self._on_disk.pop(key)
+            path = self._path(key)
+            assert path is not None
+            path.unlink(missing_ok=True)
+        return total + size <= self._disk_bytes
 
     def _path(self, key: str) -> Path | None:
         return None if self._folder is None else self._folder / key[:2] / f"{key}.safetensors"
@@ -173,7 +189,9 @@ def _there(entry: Tensor | None) -> Tensor:
     return entry
 
 
-def _folder_bytes(folder: Path | None) -> int:
+def _files(folder: Path | None) -> dict[str, int]:
+    """Key and bytes of each entry on disk, the least recently used first."""
     if folder is None or not folder.is_dir():
-        return 0
-    return sum(path.stat().st_size for path in folder.glob("*/*.safetensors"))
+        return {}
+    found = sorted((path.stat().st_mtime, path.stem, path.stat().st_size) for path in folder.glob("*/*.safetensors"))
+    return {key: size for _, key, size in found}

@@ -38,7 +38,7 @@ def load_checkpoint(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | 
 def write_losses(folder: Path, rows: Sequence[LossRow]) -> None:
     """loss.csv: one row a step, the validation loss where an epoch ends; and loss.png."""
     with (folder / "loss.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, _COLUMNS)
+        writer = csv.DictWriter(file, _COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     _draw(folder / "loss.png", rows)

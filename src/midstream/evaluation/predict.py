@@ -15,7 +15,7 @@ from midstream.intrinsics.call import call_intrinsic
 from midstream.training.tasks import BINS, Row, Task
 from midstream.types import AdapterInfo, Choice, JsonSchema, Request, SamplingParams
 
-_AT_ONCE = 4
+_AT_ONCE = 8
 _TEXT_TOKENS = 96
 
 

@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from midstream.adapters.activation import find_last
+from midstream.engine.constraints import ConstraintCompiler
 from midstream.errors import DataError, InputError, InvocationError
+from midstream.intrinsics.spec import Contract
 from midstream.training.augment import read_histories, with_wrong_documents, within_histories
 from midstream.training.data import encode, propose_invocation, sample
 from midstream.training.tasks import TASKS, bin_of, plain_task, read_rows
 from midstream.types import Message
-from tests.tiny import tiny_chat
+from tests.tiny import VOCAB, tiny_chat
 
 TURNS = [{"role": "user", "content": "who?"}]
 GOOD: dict[str, tuple[dict[str, Any], Any]] = {
@@ -169,3 +172,26 @@ def test_histories_put_turns_deep_into_conversations_over_passages(tmp_path: Pat
     assert {len(row.chat.messages) for row in questions} == {1, 3}
     assert all(row.chat.messages[-1].content == "when?" for row in questions)
     assert all(isinstance(message, Message) for row in mixed for message in row.chat.messages)
+
+
+@pytest.mark.parametrize("name", sorted(TASKS))
+def test_the_constraint_that_decodes_an_answer_allows_what_was_trained(name: str, tmp_path: Path) -> None:
+    task, chat = TASKS[name], tiny_chat()
+    good, _ = GOOD[name]
+    rows, _ = read_rows([write(tmp_path / "good.jsonl", [good])], task)
+    contract = Contract(response_format=json.dumps(task.schema))
+    compiler = ConstraintCompiler(chat.tokenizer, chat.encode, sorted(chat.eos_token_ids), VOCAB)
+    constraint = contract.constraint()
+    assert constraint is not None
+    matcher = compiler.compile(constraint, 96)
+    written: list[int] = []
+    target = list(encode(rows, task, chat, "<t>")[0].target)
+    while not matcher.finished:
+        if forced := matcher.forced():
+            written += forced
+        elif not matcher.finished:
+            matcher.restrict(torch.zeros(VOCAB))
+            # Raises where the grammar forbids the token.
+            matcher.accept(target[len(written)])
+            written.append(target[len(written)])
+    assert written == target

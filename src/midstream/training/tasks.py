@@ -73,7 +73,8 @@ class Task:
 
     def answer(self, target: Any) -> str:
         """A target as the text that the adapter writes."""
-        return str(target) if self.schema is None else json.dumps(target, ensure_ascii=False)
+        # Compact, as the constraint that decodes it.
+        return str(target) if self.schema is None else json.dumps(target, ensure_ascii=False, separators=(",", ":"))
 
 
 def bin_of(share: float) -> int:

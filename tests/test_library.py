@@ -11,8 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from midstream.evaluation.catalogue import markdown, read_entries
 from midstream.models.source import DEFAULT_MODEL, resolve
 from midstream.session import Engine, library_folder
+from midstream.training.tasks import TASKS
 from midstream.types import Document, Request, SamplingParams
 from tests.reference import logits, peft_model
 
@@ -38,13 +40,35 @@ def test_the_library_has_what_the_demo_needs() -> None:
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda f: f.name)
-def test_a_folder_is_small_has_a_card_and_names_its_licences(folder: Path) -> None:
+def test_a_folder_is_small_and_has_a_card_with_data_licences_figures_and_command(folder: Path) -> None:
     assert sum(file.stat().st_size for file in folder.iterdir()) <= 10_000_000
     card = (folder / "README.md").read_text(encoding="utf-8")
-    for word in ("Data", "licence", "accuracy", "AUROC", "midstream train", "prompted base"):
+    for word in ("## Data", "licence", "sha256", "midstream train --task", "midstream eval", "prompted base model"):
         assert word in card, word
+    assert "not stated" not in card
     weights = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     assert bool(weights["alora_invocation_tokens"]) == (not folder.name.endswith("-lora"))
+
+
+@pytest.mark.parametrize("name", sorted(TASKS))
+def test_there_is_one_for_each_task_and_it_was_measured_to_beat_the_base_model(name: str) -> None:
+    assert ROOT is not None
+    reports = json.loads((ROOT / name / "evaluation.json").read_text(encoding="utf-8"))
+    report = next(iter(reports.values()))
+    for other in ("base", "base_constrained"):
+        found = report["differences"][f"alora - {other}"]
+        if TASKS[name].kind == "text":
+            assert found["rouge_l"]["low"] > 0
+        elif TASKS[name].kind == "scale":
+            assert found["ece"]["high"] < 0
+        else:
+            assert found["auroc"]["low"] > 0
+            assert found["accuracy"]["low"] > 0
+
+
+def test_the_catalogue_is_that_of_the_folders() -> None:
+    assert ROOT is not None
+    assert markdown(read_entries(ROOT)) in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda f: f.name)

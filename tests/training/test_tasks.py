@@ -161,7 +161,7 @@ def test_histories_put_turns_deep_into_conversations_over_passages(tmp_path: Pat
     }
     rows, _ = read_rows([file], TASKS["jailbreak"])
     histories = read_histories([write(tmp_path / "earlier.jsonl", [earlier])])
-    assert [message.content for message in histories[0].messages] == ["when?", "1752"]
+    assert [message.content for message in histories[0].chat.messages] == ["when?", "1752"]
     mixed = within_histories(rows, histories, 0.5, "no", seed=0)
     placed = [row for row in mixed[:20] if len(row.chat.messages) == 3]
     assert len(placed) == 10

@@ -18,6 +18,16 @@ from midstream.evaluation.metrics import Figure
 from midstream.evaluation.run import Evaluation, Figures
 from midstream.training.card import FIGURES_END, FIGURES_START
 
+_ARMS = {
+    "base": "the prompted base model, its free answer read",
+    "base_constrained": "the prompted base model, held to the same answers",
+    "lora": "the plain LoRA beside this one, whose card says what it was trained on",
+    "tfidf": "logistic regression on the words of the judged text",
+    "word_overlap": "logistic regression on the share of its words that the documents have",
+    "last_turn": "the question as it was asked",
+    "reference": "the rewrite that comes with the data",
+}
+
 
 def table(evaluation: Evaluation) -> Table:
     """All arms with all figures and their intervals, for a terminal."""
@@ -88,7 +98,8 @@ def _bars(axes: Any, evaluation: Evaluation) -> None:
 
 def markdown(evaluation: Evaluation, command: str) -> str:
     """The figures as Markdown: arms, the adapters less the base model, and groups of rows."""
-    lines = [f"On {len(evaluation.rows)} held-out rows, with bootstrap 95 % intervals:", ""]
+    known = [f"`{arm}`: {text}" for arm, text in _ARMS.items() if arm in evaluation.arms]
+    lines = [f"On {len(evaluation.rows)} held-out rows, with bootstrap 95 % intervals. {'; '.join(known)}.", ""]
     lines += _rows(evaluation.arms, "arm")
     less = {name: each for name, each in evaluation.differences.items() if name.startswith("alora - ")}
     if less:

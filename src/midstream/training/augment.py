@@ -30,19 +30,20 @@ def with_wrong_documents(rows: Sequence[Row], share: float, labels: Sequence[str
     return [*rows, *wrong]
 
 
-def read_histories(files: Iterable[Path]) -> list[Chat]:
+def read_histories(files: Iterable[Path]) -> list[Row]:
     """Question, passages and answer as earlier turns, from rows of {messages, documents, answer or answers}."""
 
-    def read(row: dict[str, Any]) -> Chat:
+    def read(row: dict[str, Any]) -> Row:
         answers = row.get("answers") or [row.get("answer") or "I do not know."]
         question = Message(role="user", content=row["messages"][-1]["content"], documents=tuple(_documents(row)))
-        return Chat(messages=(question, Message(role="assistant", content=str(answers[0]))))
+        chat = Chat(messages=(question, Message(role="assistant", content=str(answers[0]))))
+        return Row(chat, None, source=str(row.get("source", "")))
 
     return read_lines(files, read)
 
 
 def within_histories(
-    rows: Sequence[Row], histories: Sequence[Chat], share: float, negative: str, seed: int
+    rows: Sequence[Row], histories: Sequence[Row], share: float, negative: str, seed: int
 ) -> list[Row]:
     """Rows with a `share` of them set after an earlier turn, and as many plain questions over passages as `negative`.
 
@@ -51,15 +52,16 @@ def within_histories(
     rng = random.Random(seed)
     later = set(rng.sample(range(len(rows)), int(len(rows) * share)))
     placed = [_after(row, rng.choice(histories)) if i in later else row for i, row in enumerate(rows)]
-    questions = [
-        Row(Chat(messages=chat.messages[:1]), negative, "question over passages")
-        for chat in rng.choices(histories, k=len(later))
-    ]
+    questions = [_question(history, negative) for history in rng.choices(histories, k=len(later))]
     return [*placed, *questions[::2], *(_after(row, rng.choice(histories)) for row in questions[1::2])]
 
 
-def _after(row: Row, history: Chat) -> Row:
-    messages = (*history.messages, *row.chat.messages)
+def _question(history: Row, negative: str) -> Row:
+    return Row(Chat(messages=history.chat.messages[:1]), negative, "question over passages", history.source)
+
+
+def _after(row: Row, history: Row) -> Row:
+    messages = (*history.chat.messages, *row.chat.messages)
     return replace(row, chat=row.chat.model_copy(update={"messages": messages}))
 
 

@@ -35,13 +35,13 @@ class Training:
 def write_card(task: Task, config: TrainConfig, invocation_text: str, training: Training) -> str:
     """The card as Markdown with the front matter that model hubs read. Figures are added by `midstream eval --card`."""
     kind = "activated LoRA (aLoRA)" if config.kind == "alora" else "plain LoRA"
-    licences = sorted({source.licence for source, _ in training.sources})
+    licences = sorted({each for source, _ in training.sources for each in source.licence.split(", ")})
     front: dict[str, Any] = {
         "base_model": training.base_model,
         "library_name": "peft",
         "tags": ["lora", *(["alora"] if config.kind == "alora" else []), "midstream"],
         "license": "other",
-        "license_name": "that of the data: " + "; ".join(licences),
+        "license_name": "those of the data: " + ", ".join(licences),
     }
     invocation = f"`{invocation_text!r}`" if config.kind == "alora" else f"`{invocation_text!r}` (called the same way)"
     return "\n".join(

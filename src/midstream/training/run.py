@@ -119,7 +119,7 @@ def run_training(
     result = train(network, ready.examples, config, base_kv=base_kv, run_folder=run_folder, progress=progress)
     done = Training(
         model,
-        data.files,
+        (*data.files, *data.histories),
         count_sources(ready.rows),
         len(ready.examples),
         ready.left_out,

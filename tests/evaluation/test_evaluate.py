@@ -99,7 +99,7 @@ def test_a_card_takes_figures_and_replaces_those_of_the_same_title(engine: Engin
     assert list(entry.figures) == ["On b", "On a"]
     assert "auroc" in headline(entry)
     shown = catalogue([entry])
-    assert "[mine](mine/README.md)" in shown
+    assert f"[mine]({home.name}/mine/README.md)" in shown
     assert "| mine | On a | 12 | accuracy |" in shown
 
 

@@ -17,9 +17,10 @@ _SHOWN = ("recall_at_5", "rouge_l", "ece", "accuracy", "auroc")
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One adapter of a library. `figures`: title of an evaluation → its report."""
+    """One adapter of a library. `figures`: title of an evaluation → its report; `path`: model folder and its own."""
 
     name: str
+    path: str
     task: str
     answer: str
     invocation: str
@@ -42,6 +43,7 @@ def read_entry(folder: Path) -> Entry:
     content = yaml.safe_load(contract.read_text(encoding="utf-8")) if contract.is_file() else {}
     return Entry(
         name=folder.name,
+        path=f"{folder.resolve().parent.name}/{folder.name}",
         task=str(sidecar.get("task", folder.name)),
         answer=_answer(json.loads(content.get("response_format") or "null")),
         invocation=str(sidecar.get("invocation_text", "")),
@@ -67,7 +69,7 @@ def markdown(entries: Sequence[Entry]) -> str:
     """The catalogue: one table of adapters, and one of their figures with intervals."""
     lines = ["| adapter | answers | invocation | kind | rank | target modules | licence |", "|---" * 7 + "|"]
     for e in entries:
-        cells = [f"[{e.name}]({e.name}/README.md)", e.answer, f"`{e.invocation!r}`", e.kind, str(e.rank)]
+        cells = [f"[{e.name}]({e.path}/README.md)", e.answer, f"`{e.invocation!r}`", e.kind, str(e.rank)]
         lines.append(f"| {' | '.join([*cells, _modules(e.targets), e.licence])} |")
     lines += [
         "",

@@ -3,7 +3,7 @@
 For each task: LoRA at ranks 8 and 32, aLoRA at ranks 8, 32 and 64, on attention only and on all linear layers, the
 learning rate of each arm tuned by the validation loss at the first seed, three seeds. Fixed before the first run: an
 aLoRA is *not worse* on a task when the 95 % interval of its accuracy less the LoRA's (paired bootstrap over the test
-rows, mean of the seeds) lies above minus 1.5 points, and *within the margin* when the difference itself does. Each kind
+rows, mean of the seeds) is at least minus 1.5 points, and *within the margin* when the difference itself is. Each kind
 is represented by its arm with the lowest mean validation loss.
 
 Runs are kept one a line in --runs, so a study that was stopped goes on. --summary writes what the runs so far say.
@@ -36,6 +36,7 @@ from midstream.training.trainer import ALL_LINEAR, ATTENTION, TrainConfig, train
 MARGIN = 0.015
 RATES = (5e-4, 1.5e-3)
 SEEDS = (0, 1, 2)
+_KEY = ("task", "kind", "rank", "targets", "rate", "seed")
 TARGETS = {"all-linear": ALL_LINEAR, "attention": ATTENTION}
 RANKS = {"alora": (8, 32, 64), "lora": (8, 32)}
 # Training files, test files, and the longest prefix: short rows, so that a plain LoRA can be trained here at all.
@@ -84,7 +85,7 @@ def main() -> None:
     parser.add_argument("--summary", type=Path, help="write the summary here instead of training")
     arguments = parser.parse_args()
     if arguments.summary:
-        summary = summarise(_read(arguments.runs))
+        summary = summarise(_read(arguments))
         arguments.summary.write_text(json.dumps({"machine": machine(), **summary}, indent=2) + "\n")
         print(table(summary))
         return
@@ -116,7 +117,7 @@ def study(
     deadline: float,
 ) -> None:
     """All runs of one task that are not there yet."""
-    for arm, rate, seed in plan(lambda: _read(arguments.runs), subset.task.name):
+    for arm, rate, seed in plan(lambda: _read(arguments), subset.task.name):
         if time.monotonic() > deadline:
             return
         config = TrainConfig(
@@ -141,8 +142,8 @@ def study(
             **asdict(arm),
             "rate": rate,
             "seed": seed,
+            "size": {name: getattr(arguments, name) for name in ("rows", "test_rows", "epochs")},
             "train_rows": len(subset.training),
-            "epochs": arguments.epochs,
             "validation_loss": min(entry["validation_loss"] for entry in result.history),
             "train_s": round(trained, 1),
             "truth": [int(e.label == subset.task.answer(subset.task.labels[0])) for e in subset.test],
@@ -179,12 +180,12 @@ def first_label(network: Any, chat: ChatTokenizer, subset: Subset, base_kv: Base
         tails = [one[: parting + 1]] * len(index)
         logits = target_logits(network, [subset.test[i] for i in index], base_kv, tails)
         deciding = logits.view(len(index), parting + 1, -1)[:, -1, [one[parting], other[parting]]]
-        found[index] = torch.softmax(deciding.float(), dim=-1)[:, 0].numpy()
+        found[index] = torch.softmax(deciding.float(), dim=-1)[:, 0].cpu().numpy()
     return found
 
 
 def summarise(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Arms with their figures, and the verdict, of each task that has all its runs of one target set."""
+    """Arms with their figures, and the verdict on each task whose runs are all there."""
     tasks = {name: _of_task([run for run in runs if run["task"] == name]) for name in DATA}
     found = {name: task for name, task in tasks.items() if task}
     return {"margin": MARGIN, "rates": RATES, "runs": len(runs), "tasks": found}
@@ -202,21 +203,16 @@ def _of_task(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 "accuracy_by_seed": [accuracy(run) for run in tuned],
                 "train_s": float(np.median([run["train_s"] for run in tuned])),
             }
+    found = {"train_rows": runs[0]["train_rows"], "test_rows": len(runs[0]["truth"])} if runs else {}
+    found["arms"] = dict(sorted(arms.items()))
+    if len(arms) < len(TARGETS) * sum(map(len, RANKS.values())):
+        return found if arms else {}
     best = {
-        kind: min((a for a in arms if a.startswith(f"{kind} ")), key=lambda a: arms[a]["validation_loss"], default=None)
+        kind: min((arm for arm in arms if arm.startswith(f"{kind} ")), key=lambda arm: arms[arm]["validation_loss"])
         for kind in RANKS
     }
-    if not all(best.values()):
-        return {"arms": arms} if arms else {}
     sides = [_tuned(runs, _parse(best[kind])) for kind in ("alora", "lora")]
-    return {
-        "train_rows": runs[0]["train_rows"],
-        "test_rows": len(runs[0]["truth"]),
-        "arms": dict(sorted(arms.items())),
-        "complete": len(arms) == 2 * sum(map(len, RANKS.values())),
-        "best": best,
-        "difference": compare(*sides),
-    }
+    return {**found, "best": best, "difference": compare(*sides)}
 
 
 def compare(alora: Sequence[dict[str, Any]], lora: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -226,7 +222,8 @@ def compare(alora: Sequence[dict[str, Any]], lora: Sequence[dict[str, Any]]) -> 
     rng = np.random.default_rng(0)
     draws = each[rng.integers(0, len(each), (10_000, len(each)))].mean(axis=1)
     low, high = np.percentile(draws, [2.5, 97.5])
-    value = float(each.mean())
+    # Sums of thirds of a row: rounded, so that a difference of exactly the margin is that.
+    value = round(float(each.mean()), 9)
     return {
         "value": value,
         "low": float(low),
@@ -275,8 +272,12 @@ def _parse(name: str) -> Arm:
     return replace(Arm(kind, 0, targets), rank=int(rank))
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+def _read(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The runs on subsets of the size asked for, each once."""
+    lines = arguments.runs.read_text().splitlines() if arguments.runs.is_file() else []
+    wanted = {name: getattr(arguments, name) for name in ("rows", "test_rows", "epochs")}
+    runs = [run for run in map(json.loads, lines) if run["size"] == wanted]
+    return list({json.dumps([run[key] for key in _KEY]): run for run in runs}.values())
 
 
 if __name__ == "__main__":

@@ -187,7 +187,7 @@ def test_train_writes_a_folder_that_can_be_called(cli: Cli, tmp_path: Path) -> N
     assert (tmp_path / "curves.png").is_file()
     assert "### Here" in (tmp_path / "mine" / "README.md").read_text()
     out, _ = cli(*measure, "--max-rows", "6")
-    assert "base_constrained" in out
+    assert "jailbreak, 6 rows" in out
     where = ("--model", str(cli.home / "tiny"), "--adapters", str(tmp_path / "mine"))
     out, _ = cli("call", "mine", "--chat", str(cli.home / "chat.json"), *where, "--json")
     assert json.loads(out)[0]["result"] in ("yes", "no")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from midstream.cli.eval import _arms
 from midstream.errors import DataError, InputError
 from midstream.evaluation.answers import certainty_row, certainty_rows, is_right, read_question
 from midstream.evaluation.baselines import shortcuts, word_overlap
@@ -16,7 +19,7 @@ from midstream.evaluation.catalogue import headline, read_entry
 from midstream.evaluation.catalogue import markdown as catalogue
 from midstream.evaluation.report import markdown, update_card, write_picture
 from midstream.evaluation.rows import EvalData, load_rows
-from midstream.evaluation.run import evaluate
+from midstream.evaluation.run import evaluate, task_of
 from midstream.session import Engine
 from midstream.training.card import FIGURES_END, FIGURES_START
 from midstream.training.run import Budget, DataConfig, run_training
@@ -103,6 +106,33 @@ def test_a_card_takes_figures_and_replaces_those_of_the_same_title(engine: Engin
     assert "| mine | On a | 12 | accuracy |" in shown
 
 
+def test_an_adapter_of_the_same_name_is_compared_and_not_measured_twice(
+    engine: Engine, home: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(home / "mine", tmp_path / "other" / "mine")
+    with pytest.raises(InputError, match="rename the folder"):
+        _arms(engine, "mine", [tmp_path / "tfidf"])
+    (tmp_path / "other" / "mine").rename(tmp_path / "other" / "second")
+    arms = _arms(engine, "mine", [tmp_path / "other" / "second"])
+    assert {arm: info.name for arm, info in arms.items()} == {"alora": "mine", "second": "compared second"}
+    engine.unload_adapter("compared second")
+
+
+def test_a_task_of_ones_own_is_told_by_the_adapters_contract(engine: Engine, home: Path, tmp_path: Path) -> None:
+    (info,) = engine.adapters()
+    assert task_of(info) is TASKS["jailbreak"]
+    own = replace(info, name="mine", metadata={**info.metadata, "task": "my_task"})
+    task = task_of(own)
+    assert (task.kind, task.labels) == ("label", ("yes", "no"))
+    rows = [{"messages": [{"role": "user", "content": f"good {i}"}], "target": "no"} for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = engine.portal.run(load_rows(engine.aio, task, EvalData((tmp_path / "rows.jsonl",))))
+    found = engine.portal.run(evaluate(engine.aio, task, data, {"alora": info}))
+    assert found.arms["alora"]["accuracy"].value == 1.0
+    with pytest.raises(InputError, match="another schema"):
+        task_of(replace(info, metadata={**info.metadata, "task": "certainty"}))
+
+
 def test_bad_rows_are_refused_before_anything_is_asked(engine: Engine, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"text": "x", "label": 1}\n{"text": "y"}\n{"label": 0}')
     with pytest.raises(DataError, match=r"line 2: .*line 3: "):
@@ -128,6 +158,12 @@ def test_questions_become_rows_with_the_base_models_own_answers(engine: Engine, 
     assert is_right("It was Queen!", ["the Queen"])
     assert not is_right("Queens", ["the Queen"])
     assert certainty_row(questions[1], ["queen", "king"])["share"] == 0.5
+    # Options are compared as they are: a sign or a capital may be all that tells them apart.
+    signs = read_question({"id": "x", "question": "q", "choices": ["+1", "-1", "A"], "gold": 0})
+    assert certainty_row(signs, ["-1", "+1", "A", "+1"])["share"] == 0.5
+    for wrong in ({**choice, "gold": 2}, {**choice, "gold": -1}, {**free, "answers": "Queen"}, {**free, "answers": []}):
+        with pytest.raises(ValueError, match=r"gold|answers"):
+            read_question(wrong)
 
 
 def test_retrieval_queries_are_read_with_their_conversations(engine: Engine, tmp_path: Path) -> None:

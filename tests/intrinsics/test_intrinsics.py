@@ -122,7 +122,7 @@ async def test_an_instruction_is_appended_and_its_arguments_are_needed(tmp_path:
     sent = backend.requests[0].prompt
     assert isinstance(sent, Chat)
     assert sent.messages[:2] == CHAT.messages
-    assert sent.messages[2].content == "Is {this} met? two"
+    assert sent.appended[0].content == "Is {this} met? two"
     (error,) = await call_intrinsics(backend, ["check"], CHAT)
     assert isinstance(error, InputError)
     backend = Recorder(backend.infos, "plain", tokens=(1, 7, 8, 2))
@@ -148,7 +148,7 @@ async def test_an_instruction_stands_after_the_turn_that_is_judged(tmp_path: Pat
     await call_intrinsics(backend, ["check"], CHAT)
     sent = backend.requests[0].prompt
     assert isinstance(sent, Chat)
-    assert [message.content for message in sent.messages] == ["one", "Check: one"]
+    assert [message.content for message in (*sent.messages, *sent.appended)] == ["one", "Check: one"]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
@@ -83,11 +84,43 @@ def test_budgets_hold_and_what_fits_nowhere_is_computed_again(tmp_path: Path) ->
     assert_same(small.batch(PREFIXES), expected)
 
 
-def test_a_damaged_file_is_computed_again(tmp_path: Path) -> None:
+def test_a_damaged_file_is_computed_and_written_again(tmp_path: Path) -> None:
     expected = BaseKV(tiny_llama(), folder=tmp_path, disk_bytes=10**8).batch(PREFIXES)
     for file in tmp_path.glob("*/*.safetensors"):
         file.write_bytes(b"damaged")
     assert_same(BaseKV(tiny_llama(), folder=tmp_path, disk_bytes=10**8).batch(PREFIXES), expected)
+    whole = BaseKV(tiny_llama(), folder=tmp_path, disk_bytes=10**8)
+    whole.prepare(PREFIXES)
+    assert whole.computed_tokens == 0
+
+
+def test_a_disk_that_cannot_be_written_ends_the_store_and_not_the_run(tmp_path: Path) -> None:
+    (tmp_path / "kv").write_text("a file where the folder should be")
+    kv = BaseKV(tiny_llama(), folder=tmp_path / "kv", disk_bytes=10**8)
+    with pytest.warns(UserWarning, match="no more KV is kept on disk"):
+        kv.prepare(PREFIXES)
+    assert_same(kv.batch(PREFIXES), BaseKV(tiny_llama()).batch(PREFIXES))
+
+
+def test_what_is_on_disk_counts_even_when_its_neighbours_are_computed_now(tmp_path: Path) -> None:
+    model = tiny_llama()
+    BaseKV(model, folder=tmp_path, disk_bytes=10**8).prepare(PREFIXES[:3])
+    more = BaseKV(model, folder=tmp_path, disk_bytes=10**8)
+    more.prepare(PREFIXES)
+    again = BaseKV(model, folder=tmp_path, disk_bytes=10**8)
+    again.prepare(PREFIXES)
+    assert again.computed_tokens == 0
+    for one, other in zip(tensors(more.batch(PREFIXES)), tensors(again.batch(PREFIXES)), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_another_configuration_of_the_same_weights_finds_nothing(tmp_path: Path) -> None:
+    BaseKV(tiny_llama(), folder=tmp_path, disk_bytes=10**8).prepare(PREFIXES)
+    model = tiny_llama()
+    model.config.rope_parameters = {**model.config.rope_parameters, "rope_theta": 123.0}
+    other = BaseKV(model, folder=tmp_path, disk_bytes=10**8)
+    other.prepare(PREFIXES)
+    assert other.computed_tokens > 0
 
 
 def test_the_oldest_entries_of_earlier_runs_make_way_and_the_runs_own_do_not(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ def write(network: Any, folder: Path, config: TrainConfig, task: Task) -> None:
         task=task,
         invocation=INVOCATION,
         invocation_text="<x>",
+        max_tokens=8,
         card="card",
     )
 

@@ -11,18 +11,20 @@ import torch
 
 from midstream.adapters.activation import find_last
 from midstream.engine.constraints import ConstraintCompiler
-from midstream.errors import DataError, InputError, InvocationError
+from midstream.errors import DataError, InvocationError
 from midstream.intrinsics.spec import Contract
 from midstream.training.augment import read_histories, with_wrong_documents, within_histories
 from midstream.training.data import encode, propose_invocation, sample
-from midstream.training.tasks import TASKS, bin_of, plain_task, read_rows
+from midstream.training.plain import plain_task
+from midstream.training.tasks import TASKS, bin_of, read_rows
 from midstream.types import Message
 from tests.tiny import VOCAB, tiny_chat
 
 TURNS = [{"role": "user", "content": "who?"}]
+ANSWERED = [*TURNS, {"role": "assistant", "content": "me"}]
 GOOD: dict[str, tuple[dict[str, Any], Any]] = {
     "answerability": ({"messages": TURNS, "documents": [{"text": "d"}], "label": "answerable"}, "answerable"),
-    "certainty": ({"messages": TURNS, "share": 0.37, "correct": True}, 3),
+    "certainty": ({"messages": ANSWERED, "share": 0.37, "correct": True}, 3),
     "hallucination": (
         {"messages": TURNS, "documents": [{"text": "d"}], "response": "r", "label": "grounded"},
         "grounded",
@@ -72,39 +74,15 @@ def test_bins_mean_chances() -> None:
 def test_an_instruction_comes_after_the_conversation_and_takes_no_documents(tmp_path: Path) -> None:
     row = {"messages": TURNS, "documents": [{"text": "the passage"}], "arguments": {"tone": "dry"}, "target": "yes"}
     file = write(tmp_path / "rows.jsonl", [row, row])
-    task = plain_task("tone", [file], "Is it {tone}?")
+    task = plain_task("tone", [file], instruction="Is it {tone}?")
     assert (task.kind, task.labels) == ("label", ("yes",))
     rows, _ = read_rows([file], task)
     (example, _) = encode(rows, task, tiny_chat(), "<t>")
     text = tiny_chat().decode(example.prefix)
     assert text.index("the passage") < text.index("who?") < text.index("Is it dry?")
-    with pytest.raises(InputError, match="needs argument 'mood'"):
-        encode(rows, plain_task("tone", [file], "{mood}"), tiny_chat(), "<t>")
-
-
-@pytest.mark.parametrize(
-    ("targets", "kind", "schema"),
-    [
-        (["b", "a", "b", "a"], "label", {"type": "string", "enum": ["a", "b"]}),
-        ([{"city": "x"}, {"city": "y"}], "text", {"type": "object"}),
-        (["one", "two", "three"], "text", None),
-        ([{"a": 1}, {"b": 2}], "text", None),
-    ],
-)
-def test_what_targets_there_are_tells_the_kind_of_task(
-    targets: list[Any], kind: str, schema: Any, tmp_path: Path
-) -> None:
-    file = write(tmp_path / "rows.jsonl", [{"messages": TURNS, "target": target} for target in targets])
-    task = plain_task("mine", [file])
-    assert task.kind == kind
-    assert schema is None if task.schema is None else {k: task.schema[k] for k in schema} == schema
-    rows, _ = read_rows([file], task)
-    for example, target in zip(encode(rows, task, tiny_chat(), "<t>"), targets, strict=True):
-        text = tiny_chat().decode(example.target)
-        if task.schema is None:
-            assert text.endswith("<|im_end|>")
-        else:
-            assert json.loads(text) == target
+    for wrong, argument in (("{mood}", "'mood'"), ("{tone.x}", "x")):
+        with pytest.raises(DataError, match=rf"line 1: .*needs argument .*{argument}.*line 2: "):
+            encode(rows, plain_task("tone", [file], instruction=wrong), tiny_chat(), "<t>")
 
 
 def test_an_invocation_is_proposed_short_and_absent_from_the_data(tmp_path: Path) -> None:
@@ -125,7 +103,7 @@ def test_invocations_are_checked_in_every_row(tmp_path: Path) -> None:
     file = write(tmp_path / "rows.jsonl", rows)
     task = plain_task("x", [file])
     read, _ = read_rows([file], task)
-    with pytest.raises(InvocationError, match=r"row 2: .*already contains.*row 3: .*already contains"):
+    with pytest.raises(DataError, match=r"line 2: .*already contains.*line 3: .*already contains"):
         encode(read, task, tiny_chat(), "<x>")
     for example in encode(read, task, tiny_chat(), "<y>"):
         assert find_last(example.prefix + example.invocation, example.invocation) == len(example.prefix)
@@ -150,6 +128,15 @@ def test_samples_are_balanced_and_wrong_documents_are_others(tmp_path: Path) -> 
         assert row.chat.documents[0].text.split()[1] != row.chat.messages[0].content[1:]
     picked = sample(encode(more, task, tiny_chat(), "<z>"), 20, None, 0)
     assert sum(e.label == '"answerable"' for e in picked) == 10
+
+
+def test_a_sample_takes_what_a_rare_label_lacks_from_the_others(tmp_path: Path) -> None:
+    rows = [{"text": f"t{i}", "label": int(i < 3)} for i in range(30)]
+    task = TASKS["jailbreak"]
+    read, _ = read_rows([write(tmp_path / "rows.jsonl", rows)], task)
+    picked = sample(encode(read, task, tiny_chat(), "<z>"), 20, None, 0)
+    assert len(picked) == 20
+    assert sum(e.label == '"yes"' for e in picked) == 3
 
 
 def test_histories_put_turns_deep_into_conversations_over_passages(tmp_path: Path) -> None:

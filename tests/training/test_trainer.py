@@ -81,7 +81,7 @@ def test_a_run_killed_at_any_step_goes_on_to_the_same_bits(
 def test_the_best_epoch_is_kept_and_not_the_last(tmp_path: Path) -> None:
     """Fault 12: a rate that wrecks the adapter after the first epoch must not be exported."""
     model = tiny_llama()
-    settings = config(learning_rate=3.0, epochs=4, patience=9)
+    settings = config(learning_rate=1.0, epochs=4, patience=9)
     result = train(model, EXAMPLES, settings, base_kv=BaseKV(model), run_folder=tmp_path)
     losses = [entry["validation_loss"] for entry in result.history]
     assert result.best_epoch == losses.index(min(losses))
@@ -89,6 +89,21 @@ def test_the_best_epoch_is_kept_and_not_the_last(tmp_path: Path) -> None:
     held = {n: p for n, p in result.network.named_parameters() if p.requires_grad}
     for name, value in state["best"].items():
         assert torch.equal(held[name.replace(".weight", ".default.weight")], value)
+
+
+def test_a_run_that_diverges_exports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer._Run, "_validate", lambda self: float("nan"))
+    model = tiny_llama()
+    with pytest.raises(InputError, match="diverged in epoch 1"):
+        train(model, EXAMPLES, config(), base_kv=BaseKV(model), run_folder=tmp_path)
+
+
+def test_a_run_folder_of_another_base_model_is_refused(tmp_path: Path) -> None:
+    model = tiny_llama()
+    train(model, EXAMPLES, config(epochs=1), base_kv=BaseKV(model), run_folder=tmp_path)
+    other = tiny_llama(seed=1)
+    with pytest.raises(InputError, match="other settings"):
+        train(other, EXAMPLES, config(epochs=1), base_kv=BaseKV(other), run_folder=tmp_path)
 
 
 def test_it_stops_when_validation_does_not_get_better(tmp_path: Path) -> None:

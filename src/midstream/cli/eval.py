@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from midstream.types import AdapterInfo
 
 Files = list[Path] | None
+_OTHER_ARMS = ("base", "base_constrained", "tfidf", "word_overlap", "last_turn", "reference")
 
 
 def evaluate(
@@ -46,12 +47,13 @@ def evaluate(
     Arms: base (the base model asked in words, its free answer read), base_constrained (held to the same answers),
     alora or lora, the plain LoRA twin NAME-lora where the library has one, and the data's shortcuts.
     """
-    from midstream.evaluation.report import table, update_card, write_picture
+    from midstream.evaluation.report import check_card, table, update_card, write_picture
     from midstream.evaluation.rows import EvalData, load_rows
-    from midstream.evaluation.run import arm_count
+    from midstream.evaluation.run import arm_count, task_of
     from midstream.evaluation.run import evaluate as run
-    from midstream.training.run import find_task
 
+    if png is not None and not png.parent.is_dir():
+        raise InputError(f"there is no folder {png.parent} for --png")
     files = EvalData(
         tuple(data),
         tuple(train or ()),
@@ -64,21 +66,22 @@ def evaluate(
     with open_engine(model, adapters, dtype, progress=show_progress(as_json)) as engine:
         arms = _arms(engine, name, compare or [])
         main = next(iter(arms.values()))
-        task = find_task(str(main.metadata.get("task") or main.name), tuple(data), _instruction(main))
+        if card is not None:
+            check_card(Path(main.path))
+        task = task_of(main)
         rows = engine.portal.run(load_rows(engine.aio, task, files))
         bar = Progress(console=Console(stderr=True), disable=not show_progress(as_json))
         with bar:
-            job = bar.add_task("answers", total=len(rows.rows) * arm_count(arms))
+            job = bar.add_task("answers", total=len(rows.rows) * arm_count(task, arms))
             found = engine.portal.run(run(engine.aio, task, rows, arms, tick=lambda: bar.advance(job)))
-    if png is not None:
-        write_picture(png, found)
-    if card is not None:
-        command = "midstream " + " ".join(map(shlex.quote, sys.argv[1:]))
-        update_card(Path(main.path), card, found, command)
     if as_json:
         print_json(found.as_dict())
     else:
         Console().print(table(found))
+    if png is not None:
+        write_picture(png, found)
+    if card is not None:
+        update_card(Path(main.path), card, found, "midstream " + shlex.join(sys.argv[1:]))
 
 
 def _arms(engine: Engine, name: str, compare: list[Path]) -> dict[str, AdapterInfo]:
@@ -95,12 +98,9 @@ def _arms(engine: Engine, name: str, compare: list[Path]) -> dict[str, AdapterIn
     if twin is not None and main.kind == "alora":
         arms["lora"] = twin
     for folder in compare:
-        info = engine.load_adapter(folder)
-        arms[folder.name if folder.name not in arms else str(folder)] = info
+        arm = folder.resolve().name
+        if arm in (*arms, *_OTHER_ARMS):
+            raise InputError(f"--compare {folder}: {arm} is another arm's name already; rename the folder")
+        # Under a name of its own: an adapter of the same name would take the first one's place.
+        arms[arm] = engine.load_adapter(folder, name=f"compared {arm}")
     return arms
-
-
-def _instruction(info: AdapterInfo) -> str | None:
-    from midstream.intrinsics.spec import load_contract
-
-    return load_contract(info).instruction

@@ -43,10 +43,10 @@ def train(
     dropout: Annotated[float, typer.Option(min=0.0, max=0.9)] = 0.0,
     gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, about a third more time.")] = False,
     dtype: Annotated[str | None, typer.Option(help="float32 (default on a CPU) or bfloat16 (on CUDA).")] = None,
-    max_rows: Annotated[int | None, typer.Option(help="Sample of this size, balanced by label.")] = None,
-    max_prefix_tokens: Annotated[int | None, typer.Option(help="Leave longer conversations out.")] = None,
+    max_rows: Annotated[int | None, typer.Option(min=2, help="Sample of this size, balanced by label.")] = None,
+    max_prefix_tokens: Annotated[int | None, typer.Option(min=1, help="Leave longer conversations out.")] = None,
     wrong_documents: Annotated[
-        float, typer.Option(help="Share of positive rows repeated with others' passages.")
+        float, typer.Option(min=0.0, max=1.0, help="Share of positive rows repeated with others' passages.")
     ] = 0.0,
     history: Annotated[
         list[Path] | None, typer.Option(help="Rows with passages and answers, to stand before half of the rows.")
@@ -54,6 +54,9 @@ def train(
     invocation: Annotated[str | None, typer.Option(help="Invocation text; default: one is proposed.")] = None,
     instruction: Annotated[
         str | None, typer.Option(help="Text of a last user turn; {name} stands for an argument of the rows.")
+    ] = None,
+    positive: Annotated[
+        str | None, typer.Option(help="Of labels of your own, the one that F1, AUROC and the curves are about.")
     ] = None,
     seed: int = 0,
     run_folder: Annotated[Path | None, typer.Option(help="Checkpoints and losses; gone on with if there.")] = None,
@@ -67,7 +70,16 @@ def train(
     from midstream.training.trainer import ALL_LINEAR, ATTENTION, TrainConfig
 
     rows = DataConfig(
-        tuple(data), task, max_rows, max_prefix_tokens, wrong_documents, tuple(history or ()), invocation, seed
+        tuple(data),
+        task,
+        max_rows,
+        max_prefix_tokens,
+        wrong_documents,
+        tuple(history or ()),
+        invocation,
+        instruction,
+        positive,
+        seed,
     )
     config = TrainConfig(
         kind=kind.value,
@@ -87,7 +99,6 @@ def train(
         config,
         out,
         run_folder or Path("runs") / f"{out.name}-{kind.value}",
-        instruction=instruction,
         dtype=dtype,
         budget=Budget(int(kv_memory * 2**30), int(kv_disk * 2**30)),
         arguments=sys.argv[1:],

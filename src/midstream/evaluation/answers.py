@@ -31,12 +31,22 @@ class Question:
 def read_question(row: Mapping[str, Any]) -> Question:
     """A question from {question, [passage], choices, gold} or {question, answers}. Raises KeyError, ValueError."""
     options = tuple(str(choice) for choice in row.get("choices") or ())
-    right = (options[row["gold"]],) if options else tuple(row["answers"])
-    if not right:
-        raise ValueError("the question has no right answer")
+    right = (_gold(options, row["gold"]),) if options else _answers(row["answers"])
     documents = (Document(text=row["passage"]),) if row.get("passage") else ()
     message = Message(role="user", content=_ask(row["question"], options), documents=documents)
     return Question(str(row["id"]), str(row.get("source", "")), Chat(messages=(message,)), options, right)
+
+
+def _gold(options: Sequence[str], gold: Any) -> str:
+    if type(gold) is not int or not 0 <= gold < len(options):
+        raise ValueError(f"gold {gold!r} is no index of the {len(options)} choices")
+    return options[gold]
+
+
+def _answers(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value or not all(isinstance(each, str) for each in value):
+        raise ValueError(f"answers {value!r} is no list of texts")
+    return tuple(value)
 
 
 def _ask(question: str, options: Sequence[str]) -> str:
@@ -56,11 +66,11 @@ async def sample_answers(backend: Backend, question: Question, count: int, seed:
         seed=seed,
     )
     completion = await backend.complete(Request(prompt=question.chat, params=params))
-    return [choice.text.strip() for choice in completion.choices]
+    return [choice.text if question.options else choice.text.strip() for choice in completion.choices]
 
 
 def is_right(answer: str, right: Sequence[str]) -> bool:
-    """Whether an answer contains a right one, word for word after SQuAD's normalisation (Rajpurkar et al., 2016)."""
+    """Whether a free answer has a right one in it, by words as SQuAD normalises them (Rajpurkar et al., 2016)."""
     words = f" {_normalise(answer)} "
     return any(f" {_normalise(each)} " in words for each in right if _normalise(each))
 
@@ -75,7 +85,7 @@ def certainty_row(question: Question, answers: Sequence[str]) -> dict[str, Any]:
 
     The answers are drawn alike, so that share is the chance that the one shown is right.
     """
-    correct = [is_right(answer, question.right) for answer in answers]
+    correct = [answer in question.right if question.options else is_right(answer, question.right) for answer in answers]
     shown = Message(role="assistant", content=answers[0] or "I do not know.")
     return {
         "id": question.id,

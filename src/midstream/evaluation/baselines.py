@@ -45,20 +45,26 @@ def word_overlap(row: Row) -> float:
 
 
 def _fitted(model: Any, feature: Any, rows: Sequence[Row], task: Task, train: Sequence[Row]) -> list[Prediction] | None:
+    """Predictions of a model fitted on other rows; None where there are too few of a label, or no words, to fit."""
     classes = _classes(task)
-    truth = np.array([_class(row, task) for row in rows])
+    truth = np.array([classes.index(_class(row, task)) for row in rows])
     features = [feature(row) for row in rows]
-    if train:
-        model.fit([feature(row) for row in train], [_class(row, task) for row in train])
-        shares, seen = model.predict_proba(features), model.classes_
-    else:
-        _, counts = np.unique(truth, return_counts=True)
-        if len(counts) < 2 or counts.min() < _FOLDS:
-            return None  # too few rows of a label to fit anything
-        shares = cross_val_predict(model, features, truth, cv=_FOLDS, method="predict_proba")
-        seen = np.unique(truth)
+    known = np.array([classes.index(_class(row, task)) for row in train]) if train else truth
+    _, counts = np.unique(known, return_counts=True)
+    if len(counts) < 2 or (not train and counts.min() < _FOLDS):
+        return None
+    try:
+        if train:
+            model.fit([feature(row) for row in train], known)
+            shares = model.predict_proba(features)
+        else:
+            shares = cross_val_predict(model, features, truth, cv=_FOLDS, method="predict_proba")
+    except ValueError as error:
+        if "empty vocabulary" in str(error):
+            return None
+        raise
     full = np.zeros((len(rows), len(classes)))
-    full[:, [classes.index(c) for c in seen]] = shares
+    full[:, np.unique(known)] = shares
     return [_prediction(tuple(map(float, share)), task) for share in full]
 
 

@@ -10,9 +10,11 @@ from typing import Any
 
 import yaml
 
+from midstream.training.tasks import TASKS
+
 FIGURES_FILE = "evaluation.json"
-# The figures that a catalogue shows, the first two that an evaluation has.
-_SHOWN = ("recall_at_5", "rouge_l", "ece", "accuracy", "auroc")
+# The figures that a catalogue shows, the most telling of a kind of task first.
+_SHOWN = ("recall_at_5", "rouge_l", "auroc", "accuracy", "ece")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,8 @@ def headline(entry: Entry) -> str:
         arms = report["arms"]
         own, base = arms.get(entry.kind, {}), arms.get("base_constrained", {})
         names = [name for name in _SHOWN if name in own][:2]
+        if entry.task in TASKS and TASKS[entry.task].kind == "scale":
+            names = ["ece", "auroc"]
         return ", ".join(f"{name} {own[name]['value']:.2f} (base {base[name]['value']:.2f})" for name in names)
     return ""
 

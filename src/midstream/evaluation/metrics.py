@@ -72,9 +72,9 @@ def _label_measures(predictions: Sequence[Prediction], rows: Sequence[Row], task
     number = {label: i for i, label in enumerate(task.labels)}
     count = len(task.labels)
     truth = torch.tensor([number[row.target] for row in rows])
-    said = torch.tensor([number.get(p.answer, -1) for p in predictions])
-    # An answer that is no label is wrong, whatever the right one is.
-    said = torch.where(said < 0, (truth + 1) % count, said)
+    said = torch.tensor([-1 if p.answer is None else number[p.answer] for p in predictions])
+    # An answer that is no label counts as a wrong one, whatever the right one is.
+    said = torch.where(said < 0, (truth + 1) % max(2, count), said)
     shares = None
     if all(p.probabilities is not None for p in predictions):
         shares = torch.tensor([p.probabilities for p in predictions], dtype=torch.float64)

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from string import Formatter
 from typing import Any
 
 from midstream.backend import Backend
@@ -17,6 +18,7 @@ from midstream.types import AdapterInfo, Choice, JsonSchema, Request, SamplingPa
 
 _AT_ONCE = 8
 _TEXT_TOKENS = 96
+_LABEL_TOKENS = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,7 @@ def by_adapter(backend: Backend, task: Task, adapter: AdapterInfo) -> Predictor:
     """The adapter, called as any user would call it."""
 
     async def ask(row: Row) -> Prediction:
-        arguments = row.arguments if task.instruction is not None else None
+        arguments = _wanted(row, task)
         try:
             result = await call_intrinsic(backend, adapter, row.chat, arguments)
         except OutputError:
@@ -64,11 +66,18 @@ def by_adapter(backend: Backend, task: Task, adapter: AdapterInfo) -> Predictor:
     return ask
 
 
+def _wanted(row: Row, task: Task) -> dict[str, str] | None:
+    """Of a row's arguments, those that the instruction has a place for."""
+    if task.instruction is None:
+        return None
+    fields = {field for _, field, _, _ in Formatter().parse(task.instruction) if field}
+    return {key: value for key, value in row.arguments.items() if key in fields}
+
+
 def by_base(backend: Backend, task: Task, *, constrained: bool) -> Predictor:
     """The base model, asked in words after the conversation: for free text, or held to the task's answers.
 
-    Asked for a label or a digit, its probabilities are those of the constrained answer in both cases: only what it
-    says differs.
+    Asked freely for a label, its probabilities are those of the constrained answer: only what it says differs.
     """
 
     async def held(row: Row) -> Prediction:
@@ -79,20 +88,19 @@ def by_base(backend: Backend, task: Task, *, constrained: bool) -> Predictor:
         return Prediction(_parsed(choice.text), probabilities)
 
     async def free(row: Row) -> Prediction:
-        tokens = _TEXT_TOKENS if task.kind == "text" else 12
+        tokens = _TEXT_TOKENS if task.kind == "text" else _LABEL_TOKENS
         request = Request(prompt=_asked(row, task), params=SamplingParams(max_tokens=tokens))
-        completion, bound = await asyncio.gather(backend.complete(request), _bound(row))
-        return Prediction(understand(completion.text, task), bound)
-
-    async def _bound(row: Row) -> tuple[float, ...] | None:
-        return None if task.kind == "text" else (await held(row)).probabilities
+        answer = understand((await backend.complete(request)).text, task)
+        return Prediction(answer, (await held(row)).probabilities if task.kind == "label" else None)
 
     return held if constrained else free
 
 
 def _asked(row: Row, task: Task) -> Any:
-    """The conversation and the task's question as one more turn. Braces in a question without arguments stay."""
-    question = task.question if row.arguments else task.question.replace("{", "{{").replace("}", "}}")
+    """The conversation and the task's question as one more turn."""
+    question = task.question
+    if task.instruction is None:
+        question = question.replace("{", "{{").replace("}", "}}")
     return row.chat.instructed(question, row.arguments)
 
 
@@ -114,18 +122,37 @@ def _parsed(text: str) -> Any:
 def understand(text: str, task: Task) -> Any:
     """The answer that a free text gives, None if it is not clear which.
 
-    A label: the one that the text begins with, else the only one in it. A digit: the first. Text: its first line.
+    A label: the one that the text begins with, else the only one in it, unless it is denied. A digit: a whole number
+    from 0 to 9. Text: its first line.
     """
     if task.kind == "text":
         line = text.strip().split("\n")[0].strip().strip('"')
         return {task.key: line} if task.key else line
     if task.kind == "scale":
-        digit = re.search(r"\d", text)
-        return int(digit.group()) if digit else None
-    words = _words(text)
-    first = [label for label in task.labels if f" {words} ".startswith(f" {_words(label)} ")]
-    found = first or [label for label in task.labels if f" {_words(label)} " in f" {words} "]
-    return found[0] if len(found) == 1 else None
+        number = re.match(r"\D*(\d+)(?![\d%])", text)
+        return int(number.group(1)) if number and int(number.group(1)) < BINS else None
+    return _label_in(text, task.labels)
+
+
+def _label_in(text: str, labels: Sequence[Any]) -> Any:
+    shown = {label: str(label).lower() for label in labels}
+    for label, name in shown.items():
+        if text.strip().strip('".').lower() == name:
+            return label
+    words = f" {_words(text)} "
+    names = {label: f" {_words(name)} " for label, name in shown.items() if _words(name)}
+    first = [label for label, name in names.items() if words.startswith(name)]
+    if first:
+        return max(first, key=lambda label: len(names[label]))
+    found = [label for label, name in names.items() if name in words]
+    # "not met" contains "met": the longer one is meant.
+    longest = [a for a in found if not any(a is not b and names[a] in names[b] for b in found)]
+    if len(longest) != 1 or _DENIAL.search(words.split(names[longest[0]])[0]):
+        return None
+    return longest[0]
+
+
+_DENIAL = re.compile(r"\b(not|no|never|cannot|isn t|doesn t|don t)\b")
 
 
 def _words(text: str) -> str:

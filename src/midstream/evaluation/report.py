@@ -99,7 +99,7 @@ def _bars(axes: Any, evaluation: Evaluation) -> None:
 def markdown(evaluation: Evaluation, command: str) -> str:
     """The figures as Markdown: arms, the adapters less the base model, and groups of rows."""
     known = [f"`{arm}`: {text}" for arm, text in _ARMS.items() if arm in evaluation.arms]
-    lines = [f"On {len(evaluation.rows)} held-out rows, with bootstrap 95 % intervals. {'; '.join(known)}.", ""]
+    lines = [f"On {len(evaluation.rows)} rows, with bootstrap 95 % intervals. {'; '.join(known)}.", ""]
     lines += _rows(evaluation.arms, "arm")
     less = {name: each for name, each in evaluation.differences.items() if name.startswith("alora - ")}
     if less:
@@ -109,21 +109,27 @@ def markdown(evaluation: Evaluation, command: str) -> str:
     return "\n".join([*lines, "", "```sh", command, "```"])
 
 
-def update_card(folder: Path, title: str, evaluation: Evaluation, command: str) -> None:
-    """Put figures under a title into a card and into evaluation.json, in the place of those under the same title.
-
-    Raises InputError where the folder has no card with a place for them.
-    """
+def check_card(folder: Path) -> tuple[str, str, str]:
+    """A card's text before, within and after the place for figures. Raises InputError where there is none."""
     path = folder / "README.md"
     content = path.read_text(encoding="utf-8") if path.is_file() else ""
     if FIGURES_START not in content or FIGURES_END not in content:
         raise InputError(f"{path} has no place for figures ({FIGURES_START} ... {FIGURES_END})")
     before, rest = content.split(FIGURES_START, 1)
     inside, after = rest.split(FIGURES_END, 1)
+    return before, inside, after
+
+
+def update_card(folder: Path, title: str, evaluation: Evaluation, command: str) -> None:
+    """Put figures under a title into a card and into evaluation.json, in the place of those under the same title.
+
+    Raises InputError where the folder has no card with a place for them.
+    """
+    before, inside, after = check_card(folder)
     sections = dict(part.split("\n", 1) for part in inside.split("\n### ")[1:])
     sections[title] = markdown(evaluation, command)
     body = "".join(f"\n### {name}\n\n{text.strip()}\n" for name, text in sections.items())
-    path.write_text(f"{before}{FIGURES_START}{body}\n{FIGURES_END}{after}", encoding="utf-8")
+    (folder / "README.md").write_text(f"{before}{FIGURES_START}{body}\n{FIGURES_END}{after}", encoding="utf-8")
     figures = folder / FIGURES_FILE
     reports = json.loads(figures.read_text(encoding="utf-8")) if figures.is_file() else {}
     reports[title] = {"command": command, **evaluation.as_dict()}

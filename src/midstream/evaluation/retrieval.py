@@ -65,7 +65,7 @@ def read_queries(file: Path, corpus: Sequence[Path], conversations: Sequence[Pat
             raise ValueError(f"conversation {row['conversation']} is in none of the files of conversations")
         chat = _until(turns[row["conversation"]], int(row["turn"]), row["last_turn"])
         target = {"rewritten_question": row["silver_rewrite"]}
-        return Query(Row(chat, target, str(row.get("domain", ""))), frozenset(row["relevant_doc_ids"]))
+        return Query(Row(chat, target, str(row.get("domain", ""))), _ids(row["relevant_doc_ids"]))
 
     passages = read_lines(corpus, lambda row: {"doc_id": row["doc_id"], "title": row.get("title"), "text": row["text"]})
     return read_lines([file], read), Corpus(passages)
@@ -73,8 +73,13 @@ def read_queries(file: Path, corpus: Sequence[Path], conversations: Sequence[Pat
 
 def is_query_file(file: Path) -> bool:
     """Whether the rows of a file are retrieval queries."""
-    with file.open(encoding="utf-8") as lines:
-        return '"relevant_doc_ids"' in lines.readline()
+    return all(read_lines([file], lambda row: "relevant_doc_ids" in row))
+
+
+def _ids(value: Any) -> frozenset[str]:
+    if not isinstance(value, list) or not value:
+        raise ValueError("relevant_doc_ids is no list of ids")
+    return frozenset(map(str, value))
 
 
 def _until(turns: Sequence[dict[str, Any]], turn: int, question: str) -> Chat:

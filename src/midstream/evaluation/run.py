@@ -14,7 +14,9 @@ from midstream.evaluation.baselines import shortcuts
 from midstream.evaluation.metrics import Figure, Measure, difference, figures, mean_of, measures, text_of
 from midstream.evaluation.predict import Prediction, by_adapter, by_base, predict
 from midstream.evaluation.rows import EvalRows
-from midstream.training.tasks import Row, Task
+from midstream.intrinsics.spec import load_contract
+from midstream.training.plain import described_task
+from midstream.training.tasks import TASKS, Row, Task
 from midstream.types import AdapterInfo
 
 # Groups of fewer rows are not reported apart.
@@ -56,14 +58,16 @@ async def evaluate(
     *,
     tick: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Run every arm on every row: `base`, `base_constrained`, each adapter by its arm's name, and the shortcuts."""
+    """Run every arm on every row: `base`, `base_constrained`, each adapter by its arm's name, and the shortcuts.
+
+    `base_constrained` is left out where a task's answers are plain text: there is nothing to hold it to.
+    """
     if not data.rows:
         raise InputError("no rows to evaluate on")
-    predictors = {
-        "base": by_base(backend, task, constrained=False),
-        "base_constrained": by_base(backend, task, constrained=True),
-        **{arm: by_adapter(backend, task, info) for arm, info in adapters.items()},
-    }
+    predictors = {"base": by_base(backend, task, constrained=False)}
+    if task.schema is not None:
+        predictors["base_constrained"] = by_base(backend, task, constrained=True)
+    predictors |= {arm: by_adapter(backend, task, info) for arm, info in adapters.items()}
     predictions: dict[str, list[Prediction]] = {arm: [] for arm in predictors}
     # In pieces, so that all arms of a row come close together and share its prefix while it is cached.
     for start in range(0, len(data.rows), 8):
@@ -76,9 +80,24 @@ async def evaluate(
     return _report(task, data, predictions, adapters)
 
 
-def arm_count(adapters: Mapping[str, AdapterInfo]) -> int:
+def arm_count(task: Task, adapters: Mapping[str, AdapterInfo]) -> int:
     """How often `evaluate` ticks per row."""
-    return 2 + len(adapters)
+    return 1 + (task.schema is not None) + len(adapters)
+
+
+def task_of(info: AdapterInfo) -> Task:
+    """What an adapter is measured on: the known task of its name, else what its contract describes.
+
+    Raises InputError where its contract is not that of the task, or none that rows of targets can have.
+    """
+    contract = load_contract(info)
+    name = str(info.metadata.get("task") or info.name)
+    task = TASKS.get(name)
+    if task is None:
+        return described_task(name, contract.json_schema, contract.instruction)
+    if contract.json_schema != task.schema:
+        raise InputError(f"adapter {info.name} answers by another schema than the task {name}")
+    return task
 
 
 def _report(

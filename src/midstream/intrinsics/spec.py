@@ -50,10 +50,10 @@ class Contract(BaseModel):
         return None if self.response_format is None else json.loads(self.response_format)
 
     def options(self) -> tuple[str | int, ...]:
-        """The answers of a response that is one of some strings or one of some integers; else none."""
+        """The answers of a response that is one of some strings, integers or truth values; else none."""
         schema = self.json_schema or {}
         options = schema.get("enum", ())
-        for name, kind in (("string", str), ("integer", int)):
+        for name, kind in (("string", str), ("integer", int), ("boolean", bool)):
             if options and schema.get("type", name) == name and all(type(option) is kind for option in options):
                 return tuple(options)
         return ()
@@ -61,7 +61,8 @@ class Contract(BaseModel):
     def constraint(self) -> Constraint | None:
         """How decoding is held to the response format."""
         if options := self.options():
-            return Choice(options=tuple(json.dumps(option) for option in options))
+            # Letters as they are: an escape is other tokens than those an adapter was trained to write.
+            return Choice(options=tuple(json.dumps(option, ensure_ascii=False) for option in options))
         return None if self.response_format is None else JsonSchema(schema_text=self.response_format)
 
 

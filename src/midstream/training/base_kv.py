@@ -8,9 +8,12 @@ every later run on the same conversations whatever its task, rank or seed, finds
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +28,23 @@ from midstream.training.prefix_cache import prefix_cache
 
 Prefix = Sequence[int]
 _BATCH = 8
+# A file still being written after an hour is that of a run that was killed.
+_STALE_S = 3600
 
 
 class BaseKV:
     """KV of prefixes: per entry [layers, 2, kv_heads, tokens, head_dim] in the model's own dtype, so nothing is lost.
 
     `memory_bytes` and `disk_bytes` bound what is kept; an entry that fits neither is computed again when needed.
-    `computed_tokens` counts the tokens that went through the model.
+    `computed_tokens` counts the tokens that went through the model. Each process minds the disk budget by what it saw
+    when it began and has written since; two at once may pass it together.
     """
 
     def __init__(
         self, network: Any, *, memory_bytes: int = 4 * 1024**3, folder: Path | None = None, disk_bytes: int = 0
     ) -> None:
         self._network = network
-        self._model_digest = _digest(network)
+        self.model_digest = model_digest(network)
         self._memory_bytes = memory_bytes
         self._folder = folder
         self._disk_bytes = disk_bytes
@@ -55,8 +61,10 @@ class BaseKV:
         The batches depend on the prefixes alone, so a run that starts again computes the very same bits.
         """
         order = sorted({tuple(prefix) for prefix in prefixes}, key=lambda p: (len(p), p))
+        self._used |= {self._key(prefix) for prefix in order}
         for start in range(0, len(order), _BATCH):
             batch = order[start : start + _BATCH]
+            # All of them, even if some are there: a batch of other neighbours would give other bits.
             if any(self._find(self._key(prefix)) is None for prefix in batch):
                 self._compute_and_keep(batch)
             tick(len(batch))
@@ -70,7 +78,7 @@ class BaseKV:
         return self._assemble([_there(found[self._key(prefix)]) for prefix in prefixes])
 
     def _key(self, prefix: Prefix) -> str:
-        return hashlib.sha256(f"{self._model_digest}|{','.join(map(str, prefix))}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.model_digest}|{','.join(map(str, prefix))}".encode()).hexdigest()
 
     def _find(self, key: str) -> Tensor | None:
         self._used.add(key)
@@ -83,15 +91,21 @@ class BaseKV:
             entry = load_file(path)["kv"]
             os.utime(path)  # just used: among the last to make way
         except (SafetensorError, OSError, KeyError):
-            return None  # damaged or just taken away: computed again
+            path.unlink(missing_ok=True)  # damaged, or just taken away: computed and written again
+            return None
         self._remember(key, entry)
         return entry
 
     def _compute_and_keep(self, prefixes: Sequence[Prefix]) -> dict[str, Tensor]:
+        """Compute a batch; an entry that is there already stays the one that counts."""
         fresh = dict(zip(map(self._key, prefixes), self._compute(prefixes), strict=True))
-        for key, entry in fresh.items():
-            self._remember(key, entry)
-            self._write(key, entry)
+        for key in fresh:
+            there = self._find(key)
+            if there is not None:
+                fresh[key] = there
+                continue
+            self._remember(key, fresh[key])
+            self._write(key, fresh[key])
         return fresh
 
     def _remember(self, key: str, entry: Tensor) -> None:
@@ -101,12 +115,20 @@ class BaseKV:
 
     def _write(self, key: str, entry: Tensor) -> None:
         path = self._path(key)
-        if path is None or path.is_file() or not self._make_room(entry.nbytes):
+        if path is None or not self._make_room(entry.nbytes):
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}.part")
-        save_file({"kv": entry.contiguous()}, part)
-        part.rename(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"kv": entry.contiguous()}, part)
+            part.rename(path)
+        except (OSError, SafetensorError) as error:
+            # The store only saves time: a full disk must not end a run.
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
+            self._disk_bytes = 0
+            warnings.warn(f"no more KV is kept on disk: {error}", stacklevel=2)
+            return
         self._on_disk[key] = entry.nbytes
 
     def _make_room(self, size: int) -> bool:
@@ -172,15 +194,14 @@ def _base_only(network: Any) -> Iterator[None]:
         network.train(training)
 
 
-def _digest(network: Any) -> str:
-    """Content hash (hex) of a model's own weights: shapes, and up to 4,096 values spread over each tensor."""
-    content = hashlib.sha256(str(network.dtype).encode())
+def model_digest(network: Any) -> str:
+    """Content hash (hex) of a model's own configuration and weights, without any adapter's."""
+    config = {k: v for k, v in network.config.to_dict().items() if not k.startswith("_")}
+    content = hashlib.sha256(json.dumps([str(network.dtype), config], sort_keys=True, default=str).encode())
     for name, weight in sorted(network.named_parameters()):
-        if "lora_" in name:
-            continue
-        flat = weight.detach().flatten()
-        values = flat[:: max(1, flat.numel() // 4096)].float().cpu().numpy()
-        content.update(f"{name.replace('.base_layer', '')}{tuple(weight.shape)}".encode() + values.tobytes())
+        if "lora_" not in name:
+            content.update(name.replace(".base_layer", "").encode())
+            content.update(weight.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return content.hexdigest()
 
 
@@ -193,5 +214,8 @@ def _files(folder: Path | None) -> dict[str, int]:
     """Key and bytes of each entry on disk, the least recently used first."""
     if folder is None or not folder.is_dir():
         return {}
+    for part in folder.glob("*/*.part"):
+        if time.time() - part.stat().st_mtime > _STALE_S:
+            part.unlink(missing_ok=True)
     found = sorted((path.stat().st_mtime, path.stem, path.stat().st_size) for path in folder.glob("*/*.safetensors"))
     return {key: size for _, key, size in found}

@@ -20,13 +20,17 @@ FIGURES_START, FIGURES_END = "<!-- figures -->", "<!-- end of figures -->"
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """What a run was, for its card. `rows`: trained on and validated on; `left_out`: rows of another question."""
+    """What a run was, for its card.
+
+    `rows`: trained on and validated on; `left_out`: rows of another question; `too_long`: rows over the longest prefix.
+    """
 
     base_model: str
     files: tuple[Path, ...]
     sources: Sequence[tuple[Source, int]]
     rows: int
     left_out: int
+    too_long: int
     history: Sequence[Mapping[str, float]]
     best_epoch: int
     arguments: Sequence[str]
@@ -107,6 +111,8 @@ def _data(training: Training) -> list[str]:
     lines += ["", "The data is no part of this folder; weights trained on it are described by this list of sources."]
     if training.left_out:
         lines.append(f"{training.left_out} rows were left out because they answer another question.")
+    if training.too_long:
+        lines.append(f"{training.too_long} rows were left out because their conversations are longer than allowed.")
     return lines
 
 

@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from midstream.errors import InputError, InvocationError
+from midstream.errors import DataError, InputError
 from midstream.models.chat import ChatTokenizer
 from midstream.training import invocation
 from midstream.training.tasks import Row, Task
@@ -32,7 +32,7 @@ def prefix_tokens(row: Row, task: Task, chat: ChatTokenizer) -> tuple[int, ...]:
     if task.instruction is not None:
         try:
             conversation = conversation.instructed(task.instruction, row.arguments)
-        except (KeyError, IndexError, ValueError) as error:
+        except (KeyError, IndexError, ValueError, AttributeError) as error:
             raise InputError(f"the instruction {task.instruction!r} needs argument {error}") from error
     return chat.history(conversation)
 
@@ -45,36 +45,44 @@ def propose_invocation(rows: Iterable[Row], task: Task, chat: ChatTokenizer) -> 
 
 
 def encode(rows: Iterable[Row], task: Task, chat: ChatTokenizer, text: str) -> list[Example]:
-    """Rows as token ids. Raises InvocationError with every row in which the invocation would be ambiguous."""
+    """Rows as token ids. Raises DataError with every row that cannot be rendered or makes the invocation ambiguous."""
     tokens = chat.encode(text)
     examples: list[Example] = []
     problems: list[str] = []
-    for number, row in enumerate(rows, 1):
-        prefix, answer = prefix_tokens(row, task, chat), task.answer(row.target)
+    for row in rows:
+        answer = task.answer(row.target)
         try:
+            prefix = prefix_tokens(row, task, chat)
             invocation.check(text, chat, prefix)
             invocation.check_answer(text, chat, answer)
-        except InvocationError as error:
-            problems.append(f"row {number}: {error}")
+        except InputError as error:
+            problems.append(f"{row.place or 'a row'}: {error}")
+            continue
         target = chat.encode(answer)
         # A grammar ends a JSON answer; plain text ends itself.
         target += (min(chat.eos_token_ids),) if task.schema is None else ()
         label = answer if task.kind == "label" else ""
         examples.append(Example(prefix, tokens, target, row.group, label))
     if problems:
-        raise InvocationError("; ".join(problems))
+        raise DataError("data", problems)
     return examples
 
 
 def sample(examples: Sequence[Example], count: int | None, max_prefix: int | None, seed: int) -> list[Example]:
-    """At most `count` examples, as many of each label as possible, none with a longer prefix than `max_prefix`."""
+    """At most `count` examples, none with a longer prefix than `max_prefix`.
+
+    As many of each label as there are, up to an equal share; where a label has fewer, the others fill the count.
+    """
     kept = [e for e in examples if max_prefix is None or len(e.prefix) <= max_prefix]
     random.Random(seed).shuffle(kept)
-    if count is None:
+    if count is None or count >= len(kept):
         return kept
     labels = sorted({example.label for example in kept})
     by_label = {label: [e for e in kept if e.label == label] for label in labels}
-    share = count // max(1, len(labels))
+    share = count // len(labels)
     picked = [e for label in labels for e in by_label[label][:share]]
+    rest = [e for label in labels for e in by_label[label][share:]]
+    random.Random(seed + 2).shuffle(rest)
+    picked += rest[: count - len(picked)]
     random.Random(seed + 1).shuffle(picked)
     return picked

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,9 +16,6 @@ from safetensors.torch import save_file
 from midstream.training.tasks import Task
 from midstream.training.trainer import TrainConfig
 
-# A rewritten question or another short text; labels need far fewer.
-_TEXT_TOKENS = 96
-
 
 def export(
     network: Any,
@@ -30,23 +26,27 @@ def export(
     task: Task,
     invocation: Sequence[int],
     invocation_text: str,
+    max_tokens: int,
     card: str,
 ) -> None:
     """Write adapter_config.json, adapter_model.safetensors (bfloat16), io.yaml, midstream.json and README.md.
 
-    All or nothing: a folder of that name keeps what it has until the new files are whole.
+    A folder of that name is replaced when the new one is whole; what it measured of the old weights goes with it.
+    `max_tokens` bounds an answer.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        work = Path(temporary)
+        work = Path(temporary) / folder.name
+        work.mkdir()
         _write_weights(network, work)
         _write_config(network, work, config, base_model, invocation)
-        _write_contract(work, base_model, task)
+        _write_contract(work, base_model, task, max_tokens)
         sidecar = {"format": 1, "invocation_text": invocation_text, "reads": task.reads, "task": task.name}
         (work / "midstream.json").write_text(json.dumps(sidecar, indent=2) + "\n", encoding="utf-8")
         (work / "README.md").write_text(card, encoding="utf-8")
-        for file in sorted(work.iterdir()):
-            shutil.move(file, folder / file.name)
+        if folder.exists():
+            folder.rename(Path(temporary) / "replaced")
+        work.rename(folder)
 
 
 def _write_weights(network: Any, folder: Path) -> None:
@@ -67,13 +67,12 @@ def _write_config(network: Any, folder: Path, config: TrainConfig, base_model: s
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def _write_contract(folder: Path, base_model: str, task: Task) -> None:
-    longest = max((len(task.answer(option)) for option in task.options), default=_TEXT_TOKENS)
+def _write_contract(folder: Path, base_model: str, task: Task, max_tokens: int) -> None:
     contract = {
         "model": base_model,
         "response_format": None if task.schema is None else json.dumps(task.schema),
         "instruction": task.instruction,
-        "parameters": {"max_tokens": longest + 2},
+        "parameters": {"max_tokens": max_tokens},
         "transformations": None,
     }
     (folder / "io.yaml").write_text(yaml.safe_dump(contract, sort_keys=False))

@@ -16,19 +16,25 @@ T = TypeVar("T")
 
 def read_lines(files: Iterable[Path], read: Callable[[dict[str, Any]], T]) -> list[T]:
     """Every line of some files, through `read`. Raises DataError with every bad line of all files."""
+    return read_placed(files, lambda row, place: read(row))
+
+
+def read_placed(files: Iterable[Path], read: Callable[[dict[str, Any], str], T]) -> list[T]:
+    """Like `read_lines`, with each line's place ("rows.jsonl line 3")."""
     found: list[T] = []
     problems: list[str] = []
     for file in files:
         for number, line in enumerate(_lines(file), 1):
             if not line.strip():
                 continue
+            place = f"{file.name} line {number}"
             try:
                 content = json.loads(line)
                 if not isinstance(content, dict):
                     raise TypeError(f"a row is a JSON object, not {type(content).__name__}")
-                found.append(read(content))
+                found.append(read(content, place))
             except (ValueError, KeyError, TypeError, AttributeError, IndexError, ValidationError) as error:
-                problems.append(f"{file.name} line {number}: {_reason(error)}")
+                problems.append(f"{place}: {_reason(error)}")
     if problems:
         raise DataError("data", problems)
     if not found:

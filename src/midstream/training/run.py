@@ -19,8 +19,9 @@ from midstream.training.base_kv import BaseKV
 from midstream.training.card import Training, write_card
 from midstream.training.data import Example, encode, propose_invocation, sample
 from midstream.training.export import export
+from midstream.training.plain import plain_task
 from midstream.training.sources import count_sources
-from midstream.training.tasks import TASKS, Row, Task, plain_task, read_rows
+from midstream.training.tasks import TASKS, Row, Task, read_rows
 from midstream.training.trainer import TrainConfig, train
 
 
@@ -30,7 +31,8 @@ class DataConfig:
 
     `wrong_documents`: share of positive rows that come again with another row's passages. `histories`: files whose
     questions, passages and answers become earlier turns of half of the rows, and plain questions of their own.
-    Without an `invocation_text` one is proposed.
+    Without an `invocation_text` one is proposed. `instruction` and `positive` (the label in front) are for tasks of
+    the user's own.
     """
 
     files: tuple[Path, ...]
@@ -40,6 +42,8 @@ class DataConfig:
     wrong_documents: float = 0.0
     histories: tuple[Path, ...] = ()
     invocation_text: str | None = None
+    instruction: str | None = None
+    positive: str | None = None
     seed: int = 0
 
 
@@ -58,28 +62,49 @@ class Prepared:
     task: Task
     rows: Sequence[Row] = field(repr=False)
     left_out: int
+    too_long: int
     examples: Sequence[Example] = field(repr=False)
     invocation_text: str
 
 
-def find_task(name: str, files: Sequence[Path], instruction: str | None = None) -> Task:
-    """The known task of that name, or the one that the rows of `files` describe."""
-    return TASKS.get(name) or plain_task(name, files, instruction)
-
-
-def load_examples(data: DataConfig, chat: ChatTokenizer, instruction: str | None = None) -> Prepared:
-    """Rows of the files as examples. Raises DataError with every bad row, InvocationError for an unstable one."""
-    task = find_task(data.task, data.files, instruction)
+def load_examples(data: DataConfig, chat: ChatTokenizer) -> Prepared:
+    """Rows of the files as examples. Raises DataError with every bad row, InvocationError when none can be found."""
+    task = TASKS.get(data.task)
+    if task is not None and (data.instruction is not None or data.positive is not None):
+        raise InputError(f"{data.task} is a known task: its instruction and its labels are what they are")
+    if task is None:
+        task = plain_task(data.task, data.files, instruction=data.instruction, positive=data.positive)
     rows, left_out = read_rows(data.files, task)
-    if (data.wrong_documents or data.histories) and len(task.labels) != 2:
-        raise InputError("wrong documents and histories are for tasks of two labels")
-    if data.wrong_documents:
-        rows = with_wrong_documents(rows, data.wrong_documents, task.labels, data.seed)
-    if data.histories:
-        rows = within_histories(rows, read_histories(data.histories), 0.5, task.labels[-1], data.seed)
+    rows = _augmented(rows, task, data)
     text = data.invocation_text or propose_invocation(rows, task, chat)
     examples = encode(rows, task, chat, text)
-    return Prepared(task, rows, left_out, sample(examples, data.max_rows, data.max_prefix_tokens, data.seed), text)
+    longest = data.max_prefix_tokens
+    too_long = sum(longest is not None and len(example.prefix) > longest for example in examples)
+    return Prepared(task, rows, left_out, too_long, sample(examples, data.max_rows, longest, data.seed), text)
+
+
+def _augmented(rows: list[Row], task: Task, data: DataConfig) -> list[Row]:
+    known = data.task in TASKS or data.positive is not None
+    if data.wrong_documents:
+        if len(task.labels) != 2 or not known or not any(row.chat.documents for row in rows):
+            raise InputError(
+                "wrong documents make a row negative: that needs rows with documents and two labels, and for a task of "
+                "your own --positive to say which is which"
+            )
+        rows = with_wrong_documents(rows, data.wrong_documents, task.labels, data.seed)
+    if data.histories:
+        if data.task != "jailbreak" and data.positive is None:
+            raise InputError(
+                "histories add plain questions as negative rows: that is for jailbreak, or needs --positive"
+            )
+        rows = within_histories(rows, read_histories(data.histories), 0.5, task.labels[-1], data.seed)
+    return rows
+
+
+def _longest_answer(ready: Prepared, chat: ChatTokenizer) -> int:
+    """Tokens that an answer may have: the longest label's, or half as many again as the longest text there was."""
+    labels = [len(chat.encode(ready.task.answer(option))) for option in ready.task.options]
+    return max(labels, default=max(len(e.target) for e in ready.examples) * 3 // 2) + 2
 
 
 def load_network(model: str, *, dtype: str | None = None, progress: bool = False) -> tuple[Any, ChatTokenizer]:
@@ -101,7 +126,6 @@ def run_training(
     out: Path,
     run_folder: Path,
     *,
-    instruction: str | None = None,
     dtype: str | None = None,
     budget: Budget | None = None,
     arguments: Sequence[str] = (),
@@ -112,7 +136,7 @@ def run_training(
     `arguments` are those of the command line, for the card.
     """
     network, chat = load_network(model, dtype=dtype, progress=progress)
-    ready = load_examples(data, chat, instruction)
+    ready = load_examples(data, chat)
     budget = budget or Budget()
     folder = cache_folder() / "kv" if budget.disk_bytes else None
     base_kv = BaseKV(network, memory_bytes=budget.memory_bytes, folder=folder, disk_bytes=budget.disk_bytes)
@@ -123,6 +147,7 @@ def run_training(
         count_sources(ready.rows),
         len(ready.examples),
         ready.left_out,
+        ready.too_long,
         result.history,
         result.best_epoch,
         arguments,
@@ -135,6 +160,7 @@ def run_training(
         task=ready.task,
         invocation=ready.examples[0].invocation,
         invocation_text=ready.invocation_text,
+        max_tokens=_longest_answer(ready, chat),
         card=write_card(ready.task, config, ready.invocation_text, done),
     )
     return {
@@ -143,6 +169,7 @@ def run_training(
         "invocation_tokens": list(ready.examples[0].invocation),
         "rows": len(ready.examples),
         "rows_left_out": ready.left_out,
+        "rows_too_long": ready.too_long,
         "best_epoch": result.best_epoch + 1,
         "history": list(result.history),
         "prefix_tokens_computed": base_kv.computed_tokens,

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from midstream.training.jsonl import read_lines
+from midstream.errors import InputError
+from midstream.training.jsonl import read_placed
 from midstream.types import Chat, Document, Message
 
 Kind = Literal["label", "scale", "text"]
 BINS = 10
+JSON_TYPES: dict[type, str] = {str: "string", int: "integer", bool: "boolean"}
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """One conversation with the answer that the adapter shall give, a JSON value.
 
-    `arguments` fill the task's instruction. `group` names a kind of row for reports, `source` the data set it is from.
-    `correct`: on a scale, whether what the value is the chance of has come true.
+    `arguments` fill the task's instruction. `group` names a kind of row for reports, `source` the data set it is from,
+    `place` its file and line. `correct`: on a scale, whether what the value is the chance of has come true.
     """
 
     chat: Chat
@@ -29,23 +31,24 @@ class Row:
     source: str = ""
     arguments: Mapping[str, str] = field(default_factory=dict)
     correct: bool | None = None
+    place: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
     """How one kind of data becomes rows, and what is asked and answered.
 
-    `label`: one of `labels`, the positive one first. `scale`: a bin of 0 to 9, k standing for a chance of
-    (k + 0.5) / 10. `text`: an object with the one string `key`, or plain text without it. `question` asks the base
-    model for the same, `instruction` (a format string of the row's arguments) goes with every call of the adapter,
-    and `reads` is the role of the turn that is judged.
+    `label`: one of `labels` (strings, integers or truth values), the positive one first. `scale`: a bin of 0 to 9, k
+    standing for a chance of (k + 0.5) / 10. `text`: an object with the one string `key`, or plain text without it.
+    `question` asks the base model for the same, `instruction` (a format string of the row's arguments) goes with every
+    call of the adapter, and `reads` is the role of the turn that is judged.
     """
 
     name: str
     read: Callable[[dict[str, Any]], Row | None]
     kind: Kind
     question: str
-    labels: tuple[str, ...] = ()
+    labels: tuple[Any, ...] = ()
     key: str = ""
     reads: Literal["user", "assistant", "any"] = "any"
     instruction: str | None = None
@@ -54,7 +57,7 @@ class Task:
     def schema(self) -> dict[str, Any] | None:
         """The JSON schema of an answer; None for plain text."""
         if self.kind == "label":
-            return {"type": "string", "enum": list(self.labels)}
+            return {"type": JSON_TYPES[type(self.labels[0])], "enum": list(self.labels)}
         if self.kind == "scale":
             return {"type": "integer", "enum": list(range(BINS))}
         if not self.key:
@@ -88,44 +91,45 @@ def read_rows(files: Iterable[Path], task: Task) -> tuple[list[Row], int]:
     Raises DataError with every bad line.
     """
 
-    def read(line: dict[str, Any]) -> Row | None:
+    def read(line: dict[str, Any], place: str) -> Row | None:
         row = task.read(line)
+        if row is None:
+            return None
+        _check_turns(row.chat, task)
+        if task.kind == "label" and not any(_same(row.target, label) for label in task.labels):
+            raise ValueError(f"target {row.target!r} is none of {', '.join(map(repr, task.labels))}")
         source = str(line.get("source", ""))
-        return row and replace(row, source=source, group=row.group or source)
+        return replace(row, source=source, group=row.group or source, place=place)
 
-    found = read_lines(files, read)
+    found = read_placed(files, read)
     rows = [row for row in found if row is not None]
+    if not rows:
+        raise InputError(f"none of the {len(found)} rows is one for the task {task.name}")
     return rows, len(found) - len(rows)
 
 
-def plain_task(name: str, files: Sequence[Path], instruction: str | None = None) -> Task:
-    """A task over rows of {messages, [documents], [arguments], target}; what targets there are tells its kind.
+def _same(one: Any, other: Any) -> bool:
+    """Equal as JSON: 1 is not true."""
+    return type(one) is type(other) and bool(one == other)
 
-    A few values that come again are labels; objects with one string are texts under that key; all else is plain text.
-    """
-    targets = [row.target for row in read_lines(files, _plain)]
-    task = Task(name, _as_text, "text", f"Give the {name} of the conversation above.", instruction=instruction)
-    distinct = sorted({target for target in targets if isinstance(target, str)})
-    if all(isinstance(t, str) for t in targets) and len(distinct) <= 20 and len(targets) >= 2 * len(distinct):
-        options = " or ".join(f'"{label}"' for label in distinct)
-        question = f"{task.question} Reply with {options} and nothing else."
-        return replace(task, read=_plain, kind="label", question=question, labels=tuple(distinct))
-    keys = {tuple(t) if isinstance(t, dict) else () for t in targets}
-    if len(keys) == 1 and len(key := keys.pop()) == 1 and all(isinstance(t[key[0]], str) for t in targets):
-        return replace(task, read=_plain, key=key[0])
-    return task
+
+def _check_turns(chat: Chat, task: Task) -> None:
+    if chat.documents and all(message.role != "user" for message in chat.messages):
+        raise ValueError("documents need a user message to stand in")
+    if task.reads != "any" and chat.messages[-1].role != task.reads:
+        raise ValueError(f"{task.name} judges a last {task.reads} turn; the last is {chat.messages[-1].role}'s")
 
 
 def _answerability(row: dict[str, Any]) -> Row | None:
     if row["label"] in ("partial", "conversational"):
         return None  # another question
     label = _one_of(row["label"], ("answerable", "unanswerable"))
-    return Row(_chat(row), label)
+    return Row(chat_of(row), label)
 
 
 def _rewrite(row: dict[str, Any]) -> Row:
     group = "changed" if row.get("changed", True) else "stands alone"
-    return Row(_chat(row), {"rewritten_question": row["rewrite"]}, group)
+    return Row(chat_of(row), {"rewritten_question": _text(row["rewrite"])}, group)
 
 
 def _certainty(row: dict[str, Any]) -> Row:
@@ -134,19 +138,19 @@ def _certainty(row: dict[str, Any]) -> Row:
     share = float(row["share"])
     if not 0 <= share <= 1:
         raise ValueError(f"share is {share}, not between 0 and 1")
-    return Row(_chat(row), bin_of(share), correct=bool(row["correct"]))
+    return Row(chat_of(row), bin_of(share), correct=bool(row["correct"]))
 
 
 def _hallucination(row: dict[str, Any]) -> Row | None:
     if row["label"] == "generic":
         return None  # says nothing that a document could support
     label = _one_of(row["label"], ("grounded", "ungrounded"))
-    return Row(_answered(_chat(row), row["response"]), label)
+    return Row(_answered(chat_of(row), row["response"]), label)
 
 
 def _jailbreak(row: dict[str, Any]) -> Row:
     chat = Chat(messages=(Message(role="user", content=row["text"]),))
-    return Row(chat, {1: "yes", 0: "no"}[row["label"]])
+    return Row(chat, {"1": "yes", "0": "no"}[str(row["label"])])
 
 
 def _requirement(row: dict[str, Any]) -> Row:
@@ -156,18 +160,8 @@ def _requirement(row: dict[str, Any]) -> Row:
     return Row(_answered(chat, row["response"]), label, group, arguments={"requirement": str(row["requirement"])})
 
 
-def _plain(row: dict[str, Any]) -> Row:
-    arguments = {str(k): str(v) for k, v in (row.get("arguments") or {}).items()}
-    return Row(_chat(row), row["target"], str(row.get("group", "")), arguments=arguments)
-
-
-def _as_text(row: dict[str, Any]) -> Row:
-    plain = _plain(row)
-    text = plain.target if isinstance(plain.target, str) else json.dumps(plain.target, ensure_ascii=False)
-    return replace(plain, target=text)
-
-
-def _chat(row: Mapping[str, Any]) -> Chat:
+def chat_of(row: Mapping[str, Any]) -> Chat:
+    """The chat of a row of {messages, [documents]}."""
     messages = tuple(
         Message(role=m["role"], content=m["content"], documents=tuple(_documents(m))) for m in row["messages"]
     )
@@ -180,6 +174,12 @@ def _documents(row: Mapping[str, Any]) -> list[Document]:
 
 def _answered(chat: Chat, response: str) -> Chat:
     return chat.model_copy(update={"messages": (*chat.messages, Message(role="assistant", content=response))})
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{value!r} is no text")
+    return value
 
 
 def _one_of(label: Any, known: tuple[str, ...]) -> str:

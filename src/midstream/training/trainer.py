@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from midstream.errors import InputError
-from midstream.training.base_kv import BaseKV
+from midstream.training.base_kv import BaseKV, model_digest
 from midstream.training.checkpoint import LossRow, load_checkpoint, save_checkpoint, write_losses
 from midstream.training.data import Example
 from midstream.training.losses import batch_loss
@@ -92,7 +92,8 @@ class _Run:
     ) -> None:
         torch.manual_seed(config.seed)
         self.config = config
-        self.settings = {**asdict(config), "rows": _digest(examples)}
+        model_settings = {"model": model_digest(model), "rows": _digest(examples)}
+        self.settings = {**asdict(config), **model_settings}
         self.base_kv = base_kv
         self.folder = folder
         held_out = max(1, int(len(examples) * config.validation))
@@ -171,6 +172,11 @@ class _Run:
         done = self.losses[len(self.history) * self.steps_per_epoch :]
         train_loss = sum(float(row["train_loss"] or 0.0) for row in done) / len(done)
         entry = {"epoch": len(self.history) + 1, "train_loss": train_loss, "validation_loss": self._validate()}
+        if not math.isfinite(entry["validation_loss"]):
+            raise InputError(
+                f"training diverged in epoch {entry['epoch']} (validation loss {entry['validation_loss']}): "
+                "nothing is exported; try a lower learning rate in another run folder"
+            )
         if not self.history or entry["validation_loss"] < self._best_loss():
             self.best = {k: v.clone() for k, v in get_peft_model_state_dict(self.peft).items()}
         self.history.append(entry)
@@ -198,6 +204,7 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
             "history": self.history,
             "losses": self.losses,
         }
@@ -211,6 +218,8 @@ class _Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         torch.set_rng_state(state["random"])
+        if state["random_cuda"]:
+            torch.cuda.set_rng_state_all(state["random_cuda"])
         self.best, self.history, self.losses = state["best"], state["history"], state["losses"]
 
 

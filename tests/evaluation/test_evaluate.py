@@ -80,9 +80,10 @@ def test_a_trained_adapter_beats_the_base_model_and_the_report_says_so(
     assert report["adapters"]["alora"]["digest"] == info.digest
     write_picture(tmp_path / "curves.png", found)
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    text = markdown(found, "midstream eval jailbreak")
+    text = markdown(report, "midstream eval jailbreak")
     assert "| alora | " in text
     assert "Paired differences" in text
+    assert "- Against `base_constrained`: better in accuracy, balanced_accuracy, f1, auroc, ece." in text
 
 
 def test_a_card_takes_figures_and_replaces_those_of_the_same_title(engine: Engine, home: Path) -> None:

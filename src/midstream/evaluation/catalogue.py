@@ -90,9 +90,9 @@ def _figures(entry: Entry) -> list[str]:
         arms = report["arms"]
         own = arms.get(entry.kind, {})
         for name in (name for name in _SHOWN if name in own):
-            base, held = (_cell(arms.get(arm, {}).get(name)) for arm in ("base", "base_constrained"))
+            base, held = (cell(arms.get(arm, {}).get(name)) for arm in ("base", "base_constrained"))
             shortcut = _best([(arm, arms[arm][name]) for arm in _SHORTCUTS if name in arms.get(arm, {})], name)
-            cells = [entry.name, title, str(report["n"]), name, base, held, _cell(own[name]), shortcut]
+            cells = [entry.name, title, str(report["n"]), name, base, held, cell(own[name]), shortcut]
             lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -104,10 +104,11 @@ def _best(found: Sequence[tuple[str, Mapping[str, float]]], name: str) -> str:
     if not found:
         return "-"
     chosen = (min if name == "ece" else max)(found, key=lambda pair: pair[1]["value"])
-    return f"{chosen[0]} {_cell(chosen[1])}"
+    return f"{chosen[0]} {cell(chosen[1])}"
 
 
-def _cell(figure: Mapping[str, float] | None) -> str:
+def cell(figure: Mapping[str, float] | None) -> str:
+    """A figure with its interval."""
     return "-" if figure is None else f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]"
 
 

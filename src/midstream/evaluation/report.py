@@ -13,11 +13,12 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import roc_curve
 
 from midstream.errors import InputError
-from midstream.evaluation.catalogue import FIGURES_FILE
+from midstream.evaluation.catalogue import FIGURES_FILE, cell
 from midstream.evaluation.metrics import Figure
-from midstream.evaluation.run import Evaluation, Figures
+from midstream.evaluation.run import Evaluation
 from midstream.training.card import FIGURES_END, FIGURES_START
 
+Report = Mapping[str, Any]
 _ARMS = {
     "base": "the prompted base model, its free answer read",
     "base_constrained": "the prompted base model, held to the same answers",
@@ -31,10 +32,11 @@ _ARMS = {
 
 def table(evaluation: Evaluation) -> Table:
     """All arms with all figures and their intervals, for a terminal."""
-    names = _names(evaluation.arms)
+    arms = evaluation.as_dict()["arms"]
+    names = _names(arms)
     shown = Table("arm", *names, title=f"{evaluation.task.name}, {len(evaluation.rows)} rows, 95 % intervals")
-    for arm, each in evaluation.arms.items():
-        shown.add_row(arm, *(_cell(each.get(name)) for name in names))
+    for arm, each in arms.items():
+        shown.add_row(arm, *(cell(each.get(name)) for name in names))
     return shown
 
 
@@ -96,17 +98,30 @@ def _bars(axes: Any, evaluation: Evaluation) -> None:
     axes.legend(fontsize=8)
 
 
-def markdown(evaluation: Evaluation, command: str) -> str:
-    """The figures as Markdown: arms, the adapters less the base model, and groups of rows."""
-    known = [f"`{arm}`: {text}" for arm, text in _ARMS.items() if arm in evaluation.arms]
-    lines = [f"On {len(evaluation.rows)} rows, with bootstrap 95 % intervals. {'; '.join(known)}.", ""]
-    lines += _rows(evaluation.arms, "arm")
-    less = {name: each for name, each in evaluation.differences.items() if name.startswith("alora - ")}
+def markdown(report: Report, command: str) -> str:
+    """A report (`Evaluation.as_dict`) as Markdown: arms, the adapter less the others, a verdict, and groups of rows."""
+    known = [f"`{arm}`: {text}" for arm, text in _ARMS.items() if arm in report["arms"]]
+    lines = [f"On {report['n']} rows, with bootstrap 95 % intervals. {'; '.join(known)}.", ""]
+    lines += _rows(report["arms"], "arm")
+    less = {name: each for name, each in report["differences"].items() if name.startswith("alora - ")}
     if less:
-        lines += ["", "Paired differences on the same rows:", "", *_rows(less, "difference")]
-    for group, (count, arms) in evaluation.groups.items():
-        lines += ["", f"Of these, `{group or 'other'}`, {count} rows:", "", *_rows(arms, "arm")]
+        lines += ["", "Paired differences on the same rows:", "", *_rows(less, "difference"), ""]
+        lines += [f"- {_verdict(name.removeprefix('alora - '), each)}" for name, each in less.items()]
+    for group, found in report["groups"].items():
+        lines += ["", f"Of these, `{group or 'other'}`, {found['n']} rows:", "", *_rows(found["arms"], "arm")]
     return "\n".join([*lines, "", "```sh", command, "```"])
+
+
+def _verdict(other: str, each: Mapping[str, Mapping[str, float]]) -> str:
+    """In words: where an interval excludes 0, the adapter is better or worse; else nothing is shown."""
+    found: dict[str, list[str]] = {"better": [], "worse": [], "not shown to differ": []}
+    for name, figure in each.items():
+        better, worse = figure["low"] > 0, figure["high"] < 0
+        if name == "ece":
+            better, worse = worse, better
+        found["better" if better else "worse" if worse else "not shown to differ"].append(name)
+    said = "; ".join(f"{verdict} in {', '.join(names)}" for verdict, names in found.items() if names)
+    return f"Against `{other}`: {said}."
 
 
 def check_card(folder: Path) -> tuple[str, str, str]:
@@ -127,24 +142,21 @@ def update_card(folder: Path, title: str, evaluation: Evaluation, command: str) 
     """
     before, inside, after = check_card(folder)
     sections = dict(part.split("\n", 1) for part in inside.split("\n### ")[1:])
-    sections[title] = markdown(evaluation, command)
+    report = evaluation.as_dict()
+    sections[title] = markdown(report, command)
     body = "".join(f"\n### {name}\n\n{text.strip()}\n" for name, text in sections.items())
     (folder / "README.md").write_text(f"{before}{FIGURES_START}{body}\n{FIGURES_END}{after}", encoding="utf-8")
     figures = folder / FIGURES_FILE
     reports = json.loads(figures.read_text(encoding="utf-8")) if figures.is_file() else {}
-    reports[title] = {"command": command, **evaluation.as_dict()}
+    reports[title] = {"command": command, **report}
     figures.write_text(json.dumps(reports, indent=1) + "\n", encoding="utf-8")
 
 
-def _rows(arms: Mapping[str, Figures], first: str) -> list[str]:
+def _rows(arms: Mapping[str, Mapping[str, Any]], first: str) -> list[str]:
     names = _names(arms)
     head = [f"| {first} | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-    return head + [f"| {arm} | {' | '.join(_cell(each.get(name)) for name in names)} |" for arm, each in arms.items()]
+    return head + [f"| {arm} | {' | '.join(cell(each.get(name)) for name in names)} |" for arm, each in arms.items()]
 
 
-def _names(arms: Mapping[str, Figures]) -> list[str]:
+def _names(arms: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(name for each in arms.values() for name in each))
-
-
-def _cell(figure: Figure | None) -> str:
-    return "-" if figure is None else f"{figure.value:.3f} [{figure.low:.3f}, {figure.high:.3f}]"

@@ -12,10 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from midstream.evaluation.catalogue import markdown, read_entries
+from midstream.intrinsics import IntrinsicResult
 from midstream.models.source import DEFAULT_MODEL, resolve
 from midstream.session import Engine, library_folder
 from midstream.training.tasks import TASKS
-from midstream.types import Document, Request, SamplingParams
+from midstream.types import Chat, Document, Message, Request, SamplingParams
 from tests.reference import logits, peft_model
 
 ROOT = library_folder(DEFAULT_MODEL)
@@ -59,11 +60,47 @@ def test_there_is_one_for_each_task_and_it_was_measured_to_beat_the_base_model(n
         found = report["differences"][f"alora - {other}"]
         if TASKS[name].kind == "text":
             assert found["rouge_l"]["low"] > 0
-        elif TASKS[name].kind == "scale":
-            assert found["ece"]["high"] < 0
         else:
             assert found["auroc"]["low"] > 0
+        if TASKS[name].kind == "label":
             assert found["accuracy"]["low"] > 0
+
+
+def test_certainty_is_calibrated() -> None:
+    assert ROOT is not None
+    (report,) = json.loads((ROOT / "certainty" / "evaluation.json").read_text(encoding="utf-8")).values()
+    assert report["arms"]["alora"]["ece"]["value"] <= 0.08
+
+
+def test_each_answers_as_its_contract_says_on_what_is_there_already(engine: Engine) -> None:
+    talk = engine.conversation().user("When was the Lizard lighthouse completed?", [PASSAGE])
+    talk.reply(max_tokens=24)
+    arguments = {"requirement_check": {"requirement": "Answer in one sentence."}}
+    for name, task in TASKS.items():
+        result = talk.call(name, arguments=arguments.get(name))
+        if task.options:
+            assert result.result in task.options
+            assert sum((result.probabilities or {}).values()) == pytest.approx(1.0, abs=1e-3)
+        else:
+            assert set(result.result) == {task.key}
+        # All that the base model has read is reused; an instruction is read by the base model first.
+        assert result.usage.computed_tokens <= (8 if task.instruction is None else 24)
+
+
+def test_hallucination_tells_what_the_passage_says_from_what_it_does_not(engine: Engine) -> None:
+    shares = []
+    for answer in ("the lizard lighthouse was completed in 1752 .", "it was painted green by pirates from Brazil ."):
+        talk = Chat(
+            messages=(
+                Message(role="user", content="tell me about lighthouses"),
+                Message(role="assistant", content=answer),
+            ),
+            documents=(PASSAGE,),
+        )
+        (result,) = engine.call(["hallucination"], talk)
+        assert isinstance(result, IntrinsicResult)
+        shares.append((result.probabilities or {})["grounded"])
+    assert shares[0] > shares[1] + 0.2
 
 
 def test_the_catalogue_is_that_of_the_folders() -> None:

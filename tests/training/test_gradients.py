@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import GraniteConfig, MistralConfig
 from midstream.training.base_kv import BaseKV
 from midstream.training.data import Example
 from midstream.training.losses import batch_loss
+from midstream.training.prefix_attention import prefix_attention
 from midstream.training.prefix_cache import use_gradient_checkpointing
 from tests.helpers import SEVEN, tiny_llama, tiny_model
 
@@ -64,18 +66,22 @@ def assert_same_gradients(ours: Any, theirs: Any) -> None:
     assert compared == sum(p.requires_grad for p in theirs.parameters())
 
 
+@pytest.mark.parametrize("own_attention", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("batch_size", [1, 4])
 @pytest.mark.parametrize("targets", [("q_proj",), SEVEN], ids=["one target", "seven targets"])
-def test_gradients_equal_those_of_peft(targets: tuple[str, ...], batch_size: int, checkpointing: bool) -> None:
+def test_gradients_equal_those_of_peft(
+    targets: tuple[str, ...], batch_size: int, checkpointing: bool, own_attention: bool
+) -> None:
     """Fault 7 among others: PEFT's own gradient checkpointing drops the activation and leaves zero gradients."""
     ours, theirs = both(tiny_llama(), targets)
     network, batch = ours.get_base_model(), EXAMPLES[-batch_size:]
     if checkpointing:
         use_gradient_checkpointing(network)
     ours.train()
-    loss = batch_loss(network, batch, BaseKV(network))
-    loss.backward()
+    with prefix_attention(network) if own_attention else nullcontext():
+        loss = batch_loss(network, batch, BaseKV(network))
+        loss.backward()
     expected = reference_loss(theirs.eval(), batch)
     expected.backward()
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), abs=1e-5)
@@ -116,8 +122,9 @@ def test_gradients_on_models_with_more_than_plain_attention(kind: str) -> None:
     }[kind]()
     ours, theirs = both(tiny_model(config), SEVEN)
     network = ours.get_base_model()
-    loss = batch_loss(network, EXAMPLES, BaseKV(network))
-    loss.backward()
+    with prefix_attention(network):
+        loss = batch_loss(network, EXAMPLES, BaseKV(network))
+        loss.backward()
     expected = reference_loss(theirs, EXAMPLES)
     expected.backward()
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), abs=1e-5)

@@ -27,7 +27,8 @@ from transformers import Cache, DynamicCache
 from midstream.training.prefix_cache import prefix_cache
 
 Prefix = Sequence[int]
-_BATCH = 8
+# Tokens computed together, elsewhere and on a CPU: there larger batches leave its caches and are slower.
+_BATCH_TOKENS = (16384, 512)
 # A file still being written after an hour is that of a run that was killed.
 _STALE_S = 3600
 
@@ -62,8 +63,7 @@ class BaseKV:
         """
         order = sorted({tuple(prefix) for prefix in prefixes}, key=lambda p: (len(p), p))
         self._used |= {self._key(prefix) for prefix in order}
-        for start in range(0, len(order), _BATCH):
-            batch = order[start : start + _BATCH]
+        for batch in _batches(order, _BATCH_TOKENS[self._network.device.type == "cpu"]):
             # All of them, even if some are there: a batch of other neighbours would give other bits.
             if any(self._find(self._key(prefix)) is None for prefix in batch):
                 self._compute_and_keep(batch)
@@ -192,6 +192,18 @@ def _base_only(network: Any) -> Iterator[None]:
         for layer in layers:
             layer.enable_adapters(True)
         network.train(training)
+
+
+def _batches(order: Sequence[Prefix], tokens: int) -> Iterator[list[Prefix]]:
+    """Neighbours in order, padded to the longest, within so many tokens; at least one."""
+    batch: list[Prefix] = []
+    for prefix in order:
+        if batch and (len(batch) + 1) * len(prefix) > tokens:
+            yield batch
+            batch = []
+        batch.append(prefix)
+    if batch:
+        yield batch
 
 
 def model_digest(network: Any) -> str:

@@ -36,15 +36,15 @@ def load_checkpoint(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | 
 
 
 def write_losses(folder: Path, rows: Sequence[LossRow]) -> None:
-    """loss.csv: one row a step, the validation loss where an epoch ends; and loss.png."""
+    """loss.csv: one row a step, the validation loss where an epoch ends."""
     with (folder / "loss.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, _COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    _draw(folder / "loss.png", rows)
 
 
-def _draw(path: Path, rows: Sequence[LossRow]) -> None:
+def draw_losses(folder: Path, rows: Sequence[LossRow]) -> None:
+    """loss.png: the losses as curves."""
     # The figure's own canvas: no backend is chosen for the program that imports us.
     from matplotlib.figure import Figure
 
@@ -55,4 +55,4 @@ def _draw(path: Path, rows: Sequence[LossRow]) -> None:
         axes.plot(*np.array(points, dtype=float).T, label=column.replace("_", " "), **style)
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.legend()
-    figure.savefig(path, dpi=120)
+    figure.savefig(folder / "loss.png", dpi=120)

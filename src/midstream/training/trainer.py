@@ -20,9 +20,10 @@ from torch import Tensor
 
 from midstream.errors import InputError
 from midstream.training.base_kv import BaseKV, model_digest
-from midstream.training.checkpoint import LossRow, load_checkpoint, save_checkpoint, write_losses
+from midstream.training.checkpoint import LossRow, draw_losses, load_checkpoint, save_checkpoint, write_losses
 from midstream.training.data import Example
 from midstream.training.losses import batch_loss
+from midstream.training.prefix_attention import prefix_attention
 from midstream.training.prefix_cache import use_gradient_checkpointing
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -82,7 +83,7 @@ def train(
     if len(examples) < 2:
         raise InputError(f"{len(examples)} rows: at least 2 are needed, one to learn from and one to validate on")
     run = _Run(model, examples, config, base_kv if config.kind == "alora" else None, run_folder)
-    with _bar(progress) as bar:
+    with _bar(progress) as bar, prefix_attention(run.network):
         return run.run(bar, checkpoint_seconds, on_epoch)
 
 
@@ -103,7 +104,9 @@ class _Run:
         if config.gradient_checkpointing:
             use_gradient_checkpointing(self.network)
         parameters = [p for p in self.peft.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+        self.optimizer = torch.optim.AdamW(
+            parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+        )
         self.steps_per_epoch = math.ceil(len(self.training) / config.batch_size)
         self.steps = config.epochs * self.steps_per_epoch
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -135,6 +138,7 @@ class _Run:
             bar.update(task, description=f"validation loss {self.history[-1]['validation_loss']:.4f}")
             self._save()
             on_epoch(self.history[-1])
+        draw_losses(self.folder, self.losses)
         set_peft_model_state_dict(self.peft, self.best)
         self.peft.eval()
         return TrainResult(self.peft, self._best_epoch(), tuple(self.history))

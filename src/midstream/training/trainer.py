@@ -93,8 +93,8 @@ class _Run:
     ) -> None:
         torch.manual_seed(config.seed)
         self.config = config
-        model_settings = {"model": model_digest(model), "rows": _digest(examples)}
-        self.settings = {**asdict(config), **model_settings}
+        digest = model_digest(model) if base_kv is None else base_kv.model_digest
+        self.settings = {**asdict(config), "model": digest, "rows": _digest(examples)}
         self.base_kv = base_kv
         self.folder = folder
         held_out = max(1, int(len(examples) * config.validation))

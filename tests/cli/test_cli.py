@@ -178,7 +178,7 @@ def test_train_writes_a_folder_that_can_be_called(cli: Cli, tmp_path: Path) -> N
     options = ("--rank", "2", "--epochs", "1", "--kv-disk", "0", "--run-folder", str(tmp_path / "run"), "--json")
     out, _ = cli(*train, "--out", str(tmp_path / "mine"), *options)
     assert json.loads(out)["rows"] == 24
-    assert repr(json.loads(out)["invocation"]) in (tmp_path / "mine" / "README.md").read_text()
+    assert repr(json.loads(out)["invocation"]).replace("|", "\\|") in (tmp_path / "mine" / "README.md").read_text()
     measure = ("eval", str(tmp_path / "mine"), "--data", str(tmp_path / "rows.jsonl"), *train[-2:])
     out, _ = cli(*measure, "--json", "--png", str(tmp_path / "curves.png"), "--card", "Here")
     report = json.loads(out)

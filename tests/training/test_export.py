@@ -115,7 +115,7 @@ def test_a_run_writes_a_card_that_can_be_followed(tmp_path: Path, monkeypatch: p
         "| the user's own data | 10 | not stated |",
         "midstream train --task jailbreak --data 'a folder/rows.jsonl'",
         "rows.jsonl`, sha256",
-        repr(first["invocation"]),
+        repr(first["invocation"]).replace("|", "\\|"),
         f"epoch {first['best_epoch']} is exported",
         '`"yes"`',
     ):

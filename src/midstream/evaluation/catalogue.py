@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from midstream.training.card import in_table
 from midstream.training.tasks import TASKS
 
 FIGURES_FILE = "evaluation.json"
@@ -73,7 +74,7 @@ def markdown(entries: Sequence[Entry]) -> str:
     """The catalogue: one table of adapters, and one of their figures with intervals."""
     lines = ["| adapter | answers | invocation | kind | rank | target modules | licence |", "|---" * 7 + "|"]
     for e in entries:
-        cells = [f"[{e.name}]({e.path}/README.md)", e.answer, f"`{e.invocation!r}`", e.kind, str(e.rank)]
+        cells = [f"[{e.name}]({e.path}/README.md)", e.answer, in_table(e.invocation), e.kind, str(e.rank)]
         lines.append(f"| {' | '.join([*cells, _modules(e.targets), e.licence])} |")
     lines += [
         "",

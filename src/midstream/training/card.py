@@ -47,7 +47,7 @@ def write_card(task: Task, config: TrainConfig, invocation_text: str, training: 
         "license": "other",
         "license_name": "those of the data: " + ", ".join(licences),
     }
-    invocation = f"`{invocation_text!r}`" if config.kind == "alora" else f"`{invocation_text!r}` (called the same way)"
+    invocation = in_table(invocation_text) + ("" if config.kind == "alora" else " (called the same way)")
     return "\n".join(
         [
             "---",
@@ -85,6 +85,11 @@ def write_card(task: Task, config: TrainConfig, invocation_text: str, training: 
             "",
         ]
     )
+
+
+def in_table(text: str) -> str:
+    """A text as code in a cell of a Markdown table."""
+    return f"`{text!r}`".replace("|", "\\|")
 
 
 def _asked(task: Task) -> str:

@@ -116,6 +116,7 @@ def test_stock_peft_gives_the_same_logits_on_fresh_prompts(engine: Engine, folde
         talk = engine.conversation()
         talk.user(question, [PASSAGE])
         prompt = (*talk.token_ids, *chat.encode(text))
+        engine.clear_cache()
         engine.portal.run(engine.aio.warm(talk.token_ids))
         params = SamplingParams(max_tokens=3, logprobs=True, top_logprobs=20, ignore_eos=True)
         found = engine.complete(Request(prompt=prompt, adapter=folder.name, params=params))

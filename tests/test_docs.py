@@ -25,16 +25,10 @@ def test_every_command_of_the_tutorial_works_on_a_cut_down_file(tmp_path: Path) 
         (tmp_path / file).write_text("\n".join(lines[:count]), encoding="utf-8")
     (tmp_path / "chat.json").write_text((ROOT / "docs" / "tutorial" / "chat.json").read_text())
     commands = [
-        shlex.split(line) for block in re.findall(r"```sh\n(.*?)```", TUTORIAL, re.S) for line in block.splitlines()
+        shlex.split(line)[1:] for block in re.findall(r"```sh\n(.*?)```", TUTORIAL, re.S) for line in block.splitlines()
     ]
     assert [command[0] for command in commands] == ["train", "eval", "call", "train", "eval"]
-    printed = [
-        run(
-            [sys.executable, "-m", "midstream.cli.main", *command[1:], *(["--kv-disk", "0"] * (command[1] == "train"))],
-            tmp_path,
-        )
-        for command in commands
-    ]
+    printed = [run([sys.executable, "-m", "midstream.cli.main", *command], tmp_path) for command in commands]
     assert json.loads(printed[0])["invocation"] == "<|im_start|>ticket_queue\n"
     assert "tfidf" in printed[1]
     assert (tmp_path / "ticket_queue.png").is_file()
@@ -46,12 +40,8 @@ def test_every_command_of_the_tutorial_works_on_a_cut_down_file(tmp_path: Path) 
 
 
 def test_the_tutorials_rows_are_as_it_says() -> None:
-    rows = {
-        name: [
-            json.loads(line) for line in (ROOT / "docs" / "tutorial" / f"tickets.{name}.jsonl").read_text().splitlines()
-        ]
-        for name in ("train", "test")
-    }
+    files = {name: ROOT / "docs" / "tutorial" / f"tickets.{name}.jsonl" for name in ("train", "test")}
+    rows = {name: [json.loads(line) for line in file.read_text().splitlines()] for name, file in files.items()}
     assert {name: len(found) for name, found in rows.items()} == {"train": 200, "test": 60}
     texts = {name: {row["messages"][-1]["content"] for row in found} for name, found in rows.items()}
     assert len(texts["train"]) == 200

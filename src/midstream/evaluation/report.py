@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.table import Table
+from rich.table import Column, Table
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import roc_curve
 
@@ -34,7 +34,9 @@ def table(evaluation: Evaluation) -> Table:
     """All arms with all figures and their intervals, for a terminal."""
     arms = evaluation.as_dict()["arms"]
     names = _names(arms)
-    shown = Table("arm", *names, title=f"{evaluation.task.name}, {len(evaluation.rows)} rows, 95 % intervals")
+    # Names whole, figures in as many lines as it takes: on a narrow terminal too.
+    first = Column("arm", no_wrap=True, min_width=max(map(len, arms)))
+    shown = Table(first, *names, title=f"{evaluation.task.name}, {len(evaluation.rows)} rows, 95 % intervals")
     for arm, each in arms.items():
         shown.add_row(arm, *(cell(each.get(name)) for name in names))
     return shown

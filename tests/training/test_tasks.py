@@ -16,6 +16,7 @@ from midstream.intrinsics.spec import Contract
 from midstream.training.augment import read_histories, with_wrong_documents, within_histories
 from midstream.training.data import encode, propose_invocation, sample
 from midstream.training.plain import plain_task
+from midstream.training.run import DataConfig, load_examples
 from midstream.training.tasks import TASKS, bin_of, read_rows
 from midstream.types import Message
 from tests.tiny import VOCAB, tiny_chat
@@ -65,6 +66,13 @@ def test_rows_of_another_question_are_counted_and_not_dropped_in_silence(tmp_pat
     assert (len(rows), left_out) == (1, 2)
     with pytest.raises(DataError, match="label 'mostly' is none of"):
         read_rows([write(file, [{**good, "label": "mostly"}])], TASKS["answerability"])
+
+
+def test_rows_that_cannot_be_rendered_are_all_named_when_an_invocation_is_proposed(tmp_path: Path) -> None:
+    good, bad = ({"messages": TURNS, "arguments": a, "target": "t"} for a in ({"tone": "dry"}, {}))
+    file = write(tmp_path / "rows.jsonl", [bad, good, bad])
+    with pytest.raises(DataError, match=r"line 1: .*needs argument.*line 3: .*needs argument"):
+        load_examples(DataConfig((file,), "mine", instruction="Is it {tone}?"), tiny_chat())
 
 
 def test_bins_mean_chances() -> None:

@@ -41,7 +41,7 @@ def train(
     epochs: Annotated[int, typer.Option(min=1)] = 3,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     dropout: Annotated[float, typer.Option(min=0.0, max=0.9)] = 0.0,
-    gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, about a third more time.")] = False,
+    gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, more time.")] = False,
     dtype: Annotated[str | None, typer.Option(help="float32 (default on a CPU) or bfloat16 (on CUDA).")] = None,
     max_rows: Annotated[int | None, typer.Option(min=2, help="Sample of this size, balanced by label.")] = None,
     max_prefix_tokens: Annotated[int | None, typer.Option(min=1, help="Leave longer conversations out.")] = None,

@@ -16,7 +16,6 @@ from midstream.intrinsics.call import call_intrinsic
 from midstream.training.tasks import BINS, Row, Task
 from midstream.types import AdapterInfo, Choice, JsonSchema, Request, SamplingParams
 
-_AT_ONCE = 8
 _TEXT_TOKENS = 96
 _LABEL_TOKENS = 12
 
@@ -39,14 +38,12 @@ Predictor = Callable[[Row], Awaitable[Prediction]]
 
 
 async def predict(predictor: Predictor, rows: Sequence[Row], tick: Callable[[], None]) -> list[Prediction]:
-    """Predictions in the order of the rows, a few asked at once."""
-    room = asyncio.Semaphore(_AT_ONCE)
+    """Predictions in the order of the rows, all asked at once."""
 
     async def one(row: Row) -> Prediction:
-        async with room:
-            found = await predictor(row)
-            tick()
-            return found
+        found = await predictor(row)
+        tick()
+        return found
 
     return await asyncio.gather(*(one(row) for row in rows))
 

@@ -49,14 +49,14 @@ async def load_rows(backend: Backend, task: Task, data: EvalData) -> EvalRows:
     Questions with known answers become rows of `certainty` here: the base model is asked, and one of its answers is
     shown to the adapter.
     """
+    if data.wrong_documents and len(task.labels) != 2:
+        raise InputError(f"wrong documents are for tasks of two labels, which {task.name} is not")
     if task.name == "query_rewrite" and len(data.files) == 1 and is_query_file(data.files[0]):
         queries, corpus = read_queries(data.files[0], data.corpus, data.conversations)
         picked = _sample(queries, data)
         return EvalRows([query.row for query in picked], queries=picked, corpus=corpus)
     if data.corpus or data.conversations:
         raise InputError("a corpus serves query_rewrite on one file of retrieval queries")
-    if data.wrong_documents and len(task.labels) != 2:
-        raise InputError(f"wrong documents are for tasks of two labels, which {task.name} is not")
     train, _ = read_rows(data.train, task) if data.train else ([], 0)
     if task.name == "certainty" and _are_questions(data.files):
         questions = _sample(read_lines(data.files, read_question), data)

@@ -21,6 +21,7 @@ from midstream.types import AdapterInfo
 
 # Groups of fewer rows are not reported apart.
 _GROUP = 10
+_AT_ONCE = 8
 Figures = dict[str, Figure]
 
 
@@ -70,8 +71,8 @@ async def evaluate(
     predictors |= {arm: by_adapter(backend, task, info) for arm, info in adapters.items()}
     predictions: dict[str, list[Prediction]] = {arm: [] for arm in predictors}
     # In pieces, so that all arms of a row come close together and share its prefix while it is cached.
-    for start in range(0, len(data.rows), 8):
-        piece = data.rows[start : start + 8]
+    for start in range(0, len(data.rows), _AT_ONCE):
+        piece = data.rows[start : start + _AT_ONCE]
         for arm, predictor in predictors.items():
             predictions[arm] += await predict(predictor, piece, tick)
     predictions |= shortcuts(data.rows, task, data.train)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from midstream.training.jsonl import read_lines
-from midstream.training.tasks import Row
-from midstream.types import Chat, Document, Message
+from midstream.training.tasks import Row, documents_of
+from midstream.types import Chat, Message
 
 
 def with_wrong_documents(rows: Sequence[Row], share: float, labels: Sequence[str], seed: int) -> list[Row]:
@@ -35,7 +35,7 @@ def read_histories(files: Iterable[Path]) -> list[Row]:
 
     def read(row: dict[str, Any]) -> Row:
         answers = row.get("answers") or [row.get("answer") or "I do not know."]
-        question = Message(role="user", content=row["messages"][-1]["content"], documents=tuple(_documents(row)))
+        question = Message(role="user", content=row["messages"][-1]["content"], documents=tuple(documents_of(row)))
         chat = Chat(messages=(question, Message(role="assistant", content=str(answers[0]))))
         return Row(chat, None, source=str(row.get("source", "")))
 
@@ -67,7 +67,3 @@ def _after(row: Row, history: Row) -> Row:
 
 def _passages(row: Row) -> set[str]:
     return {document.title or document.text for document in row.chat.documents}
-
-
-def _documents(row: Mapping[str, Any]) -> list[Document]:
-    return [Document.model_validate(document) for document in row.get("documents") or []]

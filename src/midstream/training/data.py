@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from midstream.errors import DataError, InputError
@@ -38,10 +39,17 @@ def prefix_tokens(row: Row, task: Task, chat: ChatTokenizer) -> tuple[int, ...]:
 
 
 def propose_invocation(rows: Iterable[Row], task: Task, chat: ChatTokenizer) -> str:
-    """An invocation text for a task. Raises InvocationError when none is found."""
-    rows = list(rows)
-    prefixes = (prefix_tokens(row, task, chat) for row in rows)
-    return invocation.propose(task.name, chat, prefixes, (task.answer(row.target) for row in rows))
+    """An invocation text for a task. Raises InvocationError when none is found.
+
+    Rows that cannot be rendered are passed over here: `encode` reports them all.
+    """
+    prefixes: list[tuple[int, ...]] = []
+    answers: list[str] = []
+    for row in rows:
+        with suppress(InputError):
+            prefixes.append(prefix_tokens(row, task, chat))
+        answers.append(task.answer(row.target))
+    return invocation.propose(task.name, chat, prefixes, answers)
 
 
 def encode(rows: Iterable[Row], task: Task, chat: ChatTokenizer, text: str) -> list[Example]:

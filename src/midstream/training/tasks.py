@@ -163,12 +163,13 @@ def _requirement(row: dict[str, Any]) -> Row:
 def chat_of(row: Mapping[str, Any]) -> Chat:
     """The chat of a row of {messages, [documents]}."""
     messages = tuple(
-        Message(role=m["role"], content=m["content"], documents=tuple(_documents(m))) for m in row["messages"]
+        Message(role=m["role"], content=m["content"], documents=tuple(documents_of(m))) for m in row["messages"]
     )
-    return Chat(messages=messages, documents=tuple(_documents(row)))
+    return Chat(messages=messages, documents=tuple(documents_of(row)))
 
 
-def _documents(row: Mapping[str, Any]) -> list[Document]:
+def documents_of(row: Mapping[str, Any]) -> list[Document]:
+    """The documents of a row or a message."""
     return [Document.model_validate(document) for document in row.get("documents") or []]
 
 

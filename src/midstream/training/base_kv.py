@@ -27,7 +27,7 @@ from transformers import Cache, DynamicCache
 from midstream.training.prefix_cache import prefix_cache
 
 Prefix = Sequence[int]
-# Tokens computed together, elsewhere and on a CPU: there larger batches leave its caches and are slower.
+# Tokens computed together, elsewhere and on a CPU, where larger batches gain nothing.
 _BATCH_TOKENS = (16384, 512)
 # A file still being written after an hour is that of a run that was killed.
 _STALE_S = 3600

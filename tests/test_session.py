@@ -83,6 +83,7 @@ def test_the_answer_is_kept_as_its_tokens_and_a_parting_is_told(engine: Engine) 
 def test_a_call_that_renders_the_history_anew_says_where_the_prefix_was_lost(engine: Engine) -> None:
     folder = Path(next(info for info in engine.adapters() if info.name == "check").path)
     (folder / "io.yaml").write_text(LABELS + "instruction: 'Well?'\n")
+    engine.load_adapter(folder, name="check")
     talk = engine.conversation()
     talk.user("hello")
     talk.reply(max_tokens=20, temperature=1.5, seed=1)

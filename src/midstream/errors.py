@@ -103,7 +103,7 @@ class ModelError(InputError):
 class OverloadedError(MidstreamError):
     """The request queue is full; try again later."""
 
-    status = 503
+    status = 429
     code = "overloaded"
 
 

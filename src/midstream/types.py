@@ -24,22 +24,29 @@ class Document(_Value):
 
 
 class Message(_Value):
-    """One turn of a chat. `documents` are the passages retrieved for this very turn."""
+    """One turn of a chat. `documents` are the passages retrieved for this very turn.
 
-    role: Literal["system", "user", "assistant", "tool"]
+    `extra` are further fields of the turn for the chat template, such as `tool_calls` and `tool_call_id`.
+    """
+
+    role: str = Field(pattern=r"^(system|user|assistant|tool|document .+)$")
     content: str
     documents: tuple[Document, ...] = ()
+    extra: dict[str, Any] = Field(default_factory=dict)
 
 
 class Chat(_Value):
     """A chat file: messages, and documents that belong to the last user turn among them.
 
     `appended` turns come after all that, such as an intrinsic's instruction: they take no documents away.
+    `tools` and `template_arguments` go to the chat template as they are.
     """
 
     messages: tuple[Message, ...] = Field(min_length=1)
     documents: tuple[Document, ...] = ()
     appended: tuple[Message, ...] = ()
+    tools: tuple[dict[str, Any], ...] = ()
+    template_arguments: dict[str, Any] = Field(default_factory=dict)
 
     def instructed(self, instruction: str, arguments: Mapping[str, Any]) -> Chat:
         """With a user turn added: an intrinsic's instruction, filled with its arguments and `{last_message}`.
@@ -107,6 +114,7 @@ class Request(_Value):
 
     With a chat and `invoke`, the history is rendered up to its last message and the adapter's invocation tokens
     are appended. Without it, the prompt must already contain the invocation of an activated adapter.
+    Requests reuse each other's KV only within one `cache_scope`.
     """
 
     prompt: tuple[int, ...] | Chat
@@ -114,6 +122,7 @@ class Request(_Value):
     invoke: bool = False
     params: SamplingParams = SamplingParams()
     deadline_s: float | None = Field(default=None, gt=0.0)
+    cache_scope: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,11 +158,16 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """Natural-log probability of a chosen token, and of the most likely alternatives, before temperature and masks."""
+    """Natural-log probability of a token with its text, before temperature and masks.
+
+    `top` are the most likely tokens at its place, likeliest first. Nothing was computed for a token that a constraint
+    forced: its probability is 1 and its `top` is empty.
+    """
 
     token_id: int
     logprob: float
-    top: tuple[tuple[int, float], ...] = ()
+    text: str = ""
+    top: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +232,7 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class AdapterInfo:
-    """What a caller may know of a loaded adapter."""
+    """What a caller may know of a loaded adapter. `contract` is the text of its io.yaml, None where it has none."""
 
     name: str
     kind: Literal["lora", "alora"]
@@ -229,4 +243,5 @@ class AdapterInfo:
     rank: int
     size_bytes: int
     pinned: bool = False
+    contract: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)

@@ -29,7 +29,9 @@ CHAT = Chat(messages=(Message(role="user", content="one"), Message(role="assista
 
 
 def info(folder: Path, name: str = "check", reads: str = "any") -> AdapterInfo:
-    return AdapterInfo(name, "alora", "d", str(folder), (7, 8), "<c>", 4, 10, metadata={"reads": reads})
+    path = folder / "io.yaml"
+    text = path.read_text() if path.is_file() else None
+    return AdapterInfo(name, "alora", "d", str(folder), (7, 8), "<c>", 4, 10, contract=text, metadata={"reads": reads})
 
 
 def contract(folder: Path, text: str) -> Path:

@@ -87,7 +87,7 @@ async def test_equal_to_transformers_through_prefill_reuse_branches_and_decode(n
             for i, found in enumerate(answer.choices[0].logprobs):
                 row = table[len(prompt) - 1 + i]
                 assert found.token_id == int(row.argmax())
-                assert all(abs(float(row[t]) - value) < 1e-3 for t, value in found.top)
+                assert all(abs(float(row[other.token_id]) - other.logprob) < 1e-3 for other in found.top)
         await engine.check_integrity()
     finally:
         await engine.aclose()

@@ -142,5 +142,6 @@ class AdapterRegistry:
             rank=adapter.rank,
             size_bytes=adapter.size_bytes,
             pinned=name in self._pinned,
+            contract=adapter.spec.contract,
             metadata={**adapter.spec.metadata, "reads": adapter.spec.reads},
         )

@@ -16,6 +16,7 @@ Reads = Literal["user", "assistant", "any"]
 
 CONFIG_FILE = "adapter_config.json"
 SIDECAR_FILE = "midstream.json"
+CONTRACT_FILE = "io.yaml"
 _MAX_CONFIG_BYTES = 1 << 20
 
 # Fields that say how training started or ran, or which PEFT wrote; saved weights do not depend on them.
@@ -66,8 +67,8 @@ class AdapterSpec:
     """A checked adapter configuration.
 
     `invocation_tokens` is empty for a plain LoRA. `invocation_text` is what to append when the adapter is called.
-    `reads`: which end of a conversation the adapter judges. `metadata`: where it comes from and
-    what it was trained for, as the folder tells it.
+    `reads`: which end of a conversation the adapter judges. `contract`: the text of io.yaml, kept so that a folder
+    that is changed or deleted later changes nothing. `metadata`: where it comes from and what it was trained for.
     """
 
     name: str
@@ -77,6 +78,7 @@ class AdapterSpec:
     invocation_text: str
     targets: tuple[TargetSpec, ...]
     reads: Reads
+    contract: str | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -116,6 +118,7 @@ class _Reader:
             invocation_text=sidecar.get("invocation_text") or text,
             targets=TargetReader(config, self._no).read(shapes),
             reads=cast(Reads, sidecar.get("reads", "any")),
+            contract=self._contract(),
             metadata={
                 **{key: config[key] for key in _METADATA if isinstance(config.get(key), str)},
                 **({"task": sidecar["task"]} if sidecar.get("task") else {}),
@@ -144,6 +147,19 @@ class _Reader:
             self._no(f"{file} is not a JSON object")
             return None
         return content
+
+    def _contract(self) -> str | None:
+        path = self._folder / CONTRACT_FILE
+        try:
+            if not path.exists():
+                return None
+            if path.stat().st_size > _MAX_CONFIG_BYTES:
+                self._no(f"{CONTRACT_FILE} is larger than 1 MiB")
+                return None
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            self._no(f"{CONTRACT_FILE} cannot be read: {error}")
+            return None
 
     def _sidecar(self) -> dict[str, str]:
         try:

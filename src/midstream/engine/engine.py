@@ -49,7 +49,7 @@ class AsyncEngine:
             tree=tree,
             scheduler=Scheduler(tree, max_step_tokens=config.max_step_tokens, max_running=config.max_running_sequences),
             registry=AdapterRegistry(config.adapter_budget_bytes),
-            writer=OutputWriter(loaded.chat.decode, loaded.chat.eos_token_ids),
+            writer=OutputWriter(loaded.chat.decode, loaded.chat.eos_token_ids, loaded.chat.token_text),
             max_queued=config.max_queued_requests,
             bytes_per_slot=per_slot,
         )
@@ -224,6 +224,7 @@ class AsyncEngine:
             params=request.params,
             listener=listener,
             continuations=continuations,
+            scope=request.cache_scope,
         )
         job.branches = [self._branch(job, i) for i in range(_num_branches(request.params, continuations))]
         self._check_fits(job)

@@ -11,6 +11,8 @@ of its prompt, and private *tail* nodes that nobody else sees, into which it gro
 prompt token, because a sequence must compute at least one token itself to have logits. When the lease ends, the
 computed part of its tail joins the tree.
 
+Each *scope* has a root of its own, so that nothing is shared between two of them; they share the pool.
+
 Nodes may be inserted before their KV is computed (`computed` < length): whichever lease is scheduled first computes
 them, the others wait in the same step or a later one. That is how requests that arrive together share a cold prefix.
 """
@@ -88,7 +90,7 @@ class KVTree:
 
     def __init__(self, num_slots: int) -> None:
         self.slots = ExtentAllocator(num_slots)
-        self.root = Node([], None, 0, 0, 0, None)
+        self._roots: dict[str, Node] = {}
         self.leases: set[Lease] = set()
         self._clock = 0
 
@@ -96,12 +98,12 @@ class KVTree:
     def num_slots(self) -> int:
         return self.slots.num_slots
 
-    def cached_prefix(self, tokens: Sequence[int], activation: int, owner: Owner) -> int:
+    def cached_prefix(self, tokens: Sequence[int], activation: int, owner: Owner, scope: str = "") -> int:
         """How many leading tokens have computed KV in the tree, without changing anything.
 
         `owner` computes the tokens from `activation` on, the base model those before it.
         """
-        node, at = self.root, 0
+        node, at = self._root(scope), 0
         while at < len(tokens):
             child = node.children.get((tokens[at], owner if at >= activation else None))
             if child is None:
@@ -114,13 +116,13 @@ class KVTree:
             node = child
         return at
 
-    def lease(self, tokens: Sequence[int], activation: int, owner: Owner, growth: int) -> Lease:
+    def lease(self, tokens: Sequence[int], activation: int, owner: Owner, growth: int, scope: str = "") -> Lease:
         """Take the prompt `tokens` (at least one) and room for `growth` tokens more.
 
         Raises OutOfSlots, with the tree's content unchanged but for evictions of unused nodes.
         """
         shared = tokens[:-1]
-        leaf, matched = self._descend(shared, activation, owner)
+        leaf, matched = self._descend(self._root(scope), shared, activation, owner)
         self._hold(leaf, +1)
         needed = len(shared) - matched + 1 + growth
         if not self._make_room(needed):
@@ -168,7 +170,7 @@ class KVTree:
 
     def nodes(self) -> Iterator[Node]:
         """All nodes that are in the tree (tails of running sequences are not)."""
-        stack = list(self.root.children.values())
+        stack = [child for root in self._roots.values() for child in root.children.values()]
         while stack:
             node = stack.pop()
             yield node
@@ -176,9 +178,12 @@ class KVTree:
 
     # ------------------------------------------------------------------ inside
 
-    def _descend(self, tokens: Sequence[int], activation: int, owner: Owner) -> tuple[Node, int]:
+    def _root(self, scope: str) -> Node:
+        return self._roots.setdefault(scope, Node([], None, 0, 0, 0, None))
+
+    def _descend(self, root: Node, tokens: Sequence[int], activation: int, owner: Owner) -> tuple[Node, int]:
         """The node that ends the longest common prefix, splitting one where the prefix ends inside it."""
-        node, at = self.root, 0
+        node, at = root, 0
         while at < len(tokens):
             child = node.children.get((tokens[at], owner if at >= activation else None))
             if child is None:
@@ -310,7 +315,7 @@ class KVTree:
             assert parent is not None
             del parent.children[node.edge]
             self.slots.release(Extent(node.start, node.capacity))
-            if parent is not self.root and not parent.children and not parent.refs:
+            if parent.parent is not None and not parent.children and not parent.refs:
                 heappush(heap, (parent.last_used, id(parent), parent))
 
 

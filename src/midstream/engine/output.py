@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from midstream.engine.request import Branch
-from midstream.types import CompletionChoice, Delta
+from midstream.types import CompletionChoice, Delta, TokenLogprob
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -15,9 +16,10 @@ _INCOMPLETE = "�"
 class OutputWriter:
     """Takes a branch's tokens one by one, decides when it is finished, and cuts its text at stop strings."""
 
-    def __init__(self, decode: Decode, eos: frozenset[int]) -> None:
+    def __init__(self, decode: Decode, eos: frozenset[int], token_text: Callable[[int], str]) -> None:
         self._decode = decode
         self._eos = eos
+        self._token_text = token_text
 
     def take(self, branch: Branch, token: int) -> None:
         """Append a token to the output. Sets `finish` where the branch ends with it."""
@@ -48,7 +50,7 @@ class OutputWriter:
         text = branch.text[branch.emitted_chars : safe]
         if not text and not tokens:
             return None
-        logprobs = tuple(branch.logprobs[branch.emitted_tokens :])
+        logprobs = tuple(map(self._with_text, branch.logprobs[branch.emitted_tokens :]))
         branch.emitted_chars = max(branch.emitted_chars, safe)
         branch.emitted_tokens = len(branch.output)
         return Delta(branch.index, text, tokens, logprobs)
@@ -62,9 +64,13 @@ class OutputWriter:
             text=branch.text,
             token_ids=tuple(branch.output),
             finish_reason=branch.finish,
-            logprobs=tuple(branch.logprobs) if branch.job.params.logprobs else None,
+            logprobs=tuple(map(self._with_text, branch.logprobs)) if branch.job.params.logprobs else None,
             probabilities=branch.matcher.probabilities() if branch.matcher is not None else None,
         )
+
+    def _with_text(self, found: TokenLogprob) -> TokenLogprob:
+        top = tuple(replace(other, text=self._token_text(other.token_id)) for other in found.top)
+        return replace(found, text=self._token_text(found.token_id), top=top)
 
     def _write(self, branch: Branch) -> None:
         """Decode what is new. Bytes of a character that is not whole yet wait for its other tokens."""

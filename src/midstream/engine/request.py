@@ -36,6 +36,7 @@ class Job:
     streaming: bool = False
     deadline: float | None = None
     continuations: Sequence[Sequence[int]] | None = None
+    scope: str = ""
     branches: list[Branch] = field(default_factory=list)
     started: float = field(default_factory=time.perf_counter)
     first_token_at: float | None = None

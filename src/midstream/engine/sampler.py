@@ -47,5 +47,5 @@ def logprob_of(logits: Tensor, token: int, top: int) -> TokenLogprob:
     """Log-probability of `token` and of the `top` likeliest tokens, from the model's own logits [vocab]."""
     logprobs = torch.log_softmax(logits, dim=0)
     best = torch.topk(logprobs, top) if top else None
-    alternatives = () if best is None else tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-    return TokenLogprob(token, float(logprobs[token]), alternatives)
+    pairs = [] if best is None else zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return TokenLogprob(token, float(logprobs[token]), top=tuple(TokenLogprob(t, value) for t, value in pairs))

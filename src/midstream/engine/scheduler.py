@@ -68,7 +68,7 @@ class Scheduler:
             branch = self.waiting[0]
             job = branch.job
             try:
-                lease = self.tree.lease(job.prompt, job.owned_from, job.owner, branch.growth)
+                lease = self.tree.lease(job.prompt, job.owned_from, job.owner, branch.growth, job.scope)
             except OutOfSlots:
                 return
             self.waiting.popleft()

@@ -67,14 +67,13 @@ class Contract(BaseModel):
 
 
 def load_contract(adapter: AdapterInfo) -> Contract:
-    """The contract in an adapter's folder. Raises ContractError that names the file and all that is wrong."""
-    path = Path(adapter.path) / "io.yaml"
-    if not path.is_file():
+    """The contract that an adapter was loaded with. Raises ContractError that names the file and all that is wrong."""
+    if adapter.contract is None:
         return Contract()
+    path = Path(adapter.path) / "io.yaml"
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        contract = Contract.model_validate(content)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        contract = Contract.model_validate(yaml.safe_load(adapter.contract))
+    except yaml.YAMLError as error:
         raise ContractError(f"{path} cannot be read: {error}".replace("\n", " ")) from error
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())

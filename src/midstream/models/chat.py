@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from midstream.errors import InputError, ModelError
 from midstream.types import Chat, Document, Message
+
+# What the rendering itself takes; everything else goes to the template.
+_RENDERING = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +24,7 @@ class ChatTokenizer:
 
     tokenizer: Any
     eos_token_ids: frozenset[int]
+    _texts: dict[int, str] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def from_folder(cls, folder: Path) -> ChatTokenizer:
@@ -41,6 +46,13 @@ class ChatTokenizer:
         """The text of token ids, special tokens included."""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=False))
 
+    def token_text(self, token: int) -> str:
+        """What a token adds to a text that goes on: its leading space is kept. Part of a character reads as U+FFFD."""
+        if token not in self._texts:
+            anchor = self.encode("a")
+            self._texts[token] = self.decode((*anchor, token))[len(self.decode(anchor)) :]
+        return self._texts[token]
+
     def history(self, chat: Chat) -> tuple[int, ...]:
         """The rendered chat, up to and including its last message."""
         return self._render(chat, with_header=False)
@@ -60,7 +72,16 @@ class ChatTokenizer:
         template = self.tokenizer.chat_template
         if not template:
             raise InputError("this model has no chat template: send token ids or a text instead of messages")
-        options: dict[str, Any] = {}
+        reserved = chat.template_arguments.keys() & _RENDERING
+        if reserved:
+            raise InputError(
+                f"chat_template_kwargs cannot set {', '.join(sorted(reserved))}: that is not the template's"
+            )
+        options: dict[str, Any] = dict(chat.template_arguments)
+        if chat.tools:
+            if "tools" not in template:
+                raise InputError("this model's chat template takes no tools: send the request without `tools`")
+            options["tools"] = list(chat.tools)
         if "documents" in template and chat.documents:
             options["documents"] = [document.model_dump() for document in chat.documents]
             chat = chat.model_copy(update={"documents": ()})
@@ -74,7 +95,7 @@ class ChatTokenizer:
         return self.encode(text)
 
 
-def place_documents(chat: Chat) -> tuple[dict[str, str], ...]:
+def place_documents(chat: Chat) -> tuple[dict[str, Any], ...]:
     """Messages with each turn's documents rendered into that very turn, so that later turns leave it as it is.
 
     The chat's own documents belong to its last user turn. This one function serves training, evaluation and serving.
@@ -83,7 +104,7 @@ def place_documents(chat: Chat) -> tuple[dict[str, str], ...]:
     if chat.documents and last_user is None:
         raise InputError("documents need a user message to stand in")
     return tuple(
-        {"role": m.role, "content": _content(m, chat.documents if i == last_user else ())}
+        {**m.extra, "role": m.role, "content": _content(m, chat.documents if i == last_user else ())}
         for i, m in enumerate((*chat.messages, *chat.appended))
     )
 

@@ -15,6 +15,7 @@ MidstreamError
 ├── DeadlineExceeded            the request's deadline passed
 ├── Cancelled                   the caller cancelled the request
 ├── OutputError                 a generated output does not fit its contract
+├── ForwardFailed               the forward pass of one request failed
 └── EngineStopped               the engine was closed or its loop failed
 """
 
@@ -125,6 +126,12 @@ class OutputError(MidstreamError):
     """A generated output does not fit its contract."""
 
     code = "invalid_output"
+
+
+class ForwardFailed(MidstreamError):
+    """The forward pass of this request failed; others went on."""
+
+    code = "forward_failed"
 
 
 class EngineStopped(MidstreamError):

@@ -21,6 +21,7 @@ from midstream.errors import (
     ConstraintError,
     DeadlineExceeded,
     EngineStopped,
+    ForwardFailed,
     InputError,
     MidstreamError,
     OverloadedError,
@@ -217,20 +218,24 @@ async def test_closing_ends_running_requests_and_refuses_new_ones(model: Any, fo
         await engine.complete(request())
 
 
-async def test_a_failing_forward_ends_its_requests_and_the_engine_goes_on(engine: AsyncEngine) -> None:
+async def test_a_failing_forward_ends_its_own_request_and_no_other(engine: AsyncEngine) -> None:
+    """The failing one comes first and shares a cold prefix with the others, which must compute it themselves."""
     runner = engine._loop._runner
-    run, calls = runner.run, []
+    run = runner.run
 
-    def fail_once(step: Any) -> Any:
-        calls.append(step)
-        if len(calls) == 1:
+    def fail_for_one(step: Any) -> Any:
+        if any(segment.branch.job.params.max_tokens == 3 for segment in step.segments):
             raise RuntimeError("out of memory")
         return run(step)
 
-    runner.run = fail_once
-    with pytest.raises(EngineStopped, match="out of memory"):
-        await engine.complete(request(max_tokens=2))
-    assert (await engine.complete(request(max_tokens=2, ignore_eos=True))).usage.completion_tokens == 2
+    expected = await engine.complete(request(max_tokens=5, ignore_eos=True))
+    await engine.clear_cache()
+    runner.run = fail_for_one
+    tasks = [engine.complete(request(max_tokens=n, ignore_eos=True)) for n in (3, 5, 5)]
+    failed, *others = await asyncio.gather(*tasks, return_exceptions=True)
+    assert isinstance(failed, ForwardFailed)
+    assert "out of memory" in str(failed)
+    assert [other.token_ids for other in others] == [expected.token_ids] * 2
 
 
 async def test_a_fault_in_the_loop_itself_leaves_nobody_waiting(model: Any, folders: dict[str, Path]) -> None:

@@ -74,6 +74,10 @@ class AdapterRegistry:
             raise AdapterNotFound(f"no adapter {name!r} is loaded (loaded: {loaded}){hint}")
         return adapter
 
+    def holds(self, adapter: Adapter) -> bool:
+        """Whether this very adapter takes requests under its name."""
+        return self._named.get(adapter.spec.name) is adapter
+
     def acquire(self, name: str) -> Adapter:
         """The adapter of that name, kept in memory until `release`."""
         adapter = self.get(name)

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
 import torch
@@ -14,16 +15,19 @@ from torch import Tensor
 from midstream.adapters import Adapter, AdapterRegistry
 from midstream.adapters.weights import LoraWeights
 from midstream.engine.integrity import check_integrity
-from midstream.engine.kv_tree import KVTree
+from midstream.engine.kv_tree import KVTree, Node
 from midstream.engine.output import OutputWriter
 from midstream.engine.request import Branch, Job
 from midstream.engine.sampler import choose, logprob_of
 from midstream.engine.scheduler import Scheduler
 from midstream.engine.step import Step
-from midstream.errors import DeadlineExceeded, EngineStopped, MidstreamError, OverloadedError
+from midstream.errors import DeadlineExceeded, ForwardFailed, MidstreamError, OverloadedError
 from midstream.types import AdapterInfo, Completion, Delta, Score, TokenLogprob
 
 log = logging.getLogger(__name__)
+
+# A forward of at least so many tokens counts as prefill.
+_PREFILL_ROWS = 64
 
 
 class StepRunner(Protocol):
@@ -42,6 +46,18 @@ class EngineStats:
     running: int
     queued: int
     forwards: int
+    prefill_seconds_per_token: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class CacheNode:
+    """A run of cached tokens with one owner (an adapter's name, or None), below the node `parent` (0: a root)."""
+
+    id: int
+    parent: int
+    tokens: int
+    owner: str | None
+    held: bool
 
 
 class EngineCore:
@@ -66,14 +82,22 @@ class EngineCore:
         self._jobs: dict[str, Job] = {}
         self._digests: dict[str, Adapter] = {}
         self.forwards = 0
+        self._prefill_s: float | None = None
 
     # ------------------------------------------------------------------ jobs
 
-    def add(self, job: Job) -> None:
-        """Queue a job whose adapter the caller has acquired. Raises OverloadedError when the queue is full."""
+    def add(self, job: Job) -> bool:
+        """Queue a job and acquire its adapter. Raises OverloadedError when the queue is full.
+
+        False, with nothing done, when the adapter was replaced or taken out since the job was read.
+        """
         queued = len({branch.job.request_id for branch in self.scheduler.waiting})
         if queued >= self._max_queued:
             raise OverloadedError(f"{queued} requests are queued already; try again later")
+        if job.adapter is not None:
+            if not self.registry.holds(job.adapter):
+                return False
+            self.registry.acquire(job.adapter.spec.name)
         self._jobs[job.request_id] = job
         if job.adapter is not None:
             self._digests[job.adapter.digest] = job.adapter
@@ -82,6 +106,7 @@ class EngineCore:
         unfinished = [branch for branch in job.branches if branch.finish is None]
         self.scheduler.add(unfinished)
         self._report(job)
+        return True
 
     def cancel(self, request_id: str, error: MidstreamError) -> None:
         """End a job at once and free what it holds; unknown or finished ones are left alone."""
@@ -105,15 +130,32 @@ class EngineCore:
         step = self.scheduler.schedule()
         if step is None:
             return False
+        started = time.perf_counter()
         try:
             logits = runner.run(step)
-        except Exception as error:
-            # The forward's jobs cannot go on; everything else can, and the tree knows of no KV that is not there.
+        except Exception:
             log.exception("a forward failed")
-            self._fail(step, error)
+            self._run_apart(step, runner)
             return True
+        self._time_prefill(step.num_tokens, time.perf_counter() - started)
         self.commit(step, logits)
         return True
+
+    def _run_apart(self, step: Step, runner: StepRunner) -> None:
+        """After a failed forward: each of its jobs in a forward of its own, so that only those that fail end.
+
+        The tree knows of no KV that the failed one computed, so each is planned anew.
+        """
+        for job in {segment.branch.job: None for segment in step.segments}:
+            alone = None if job.done else self.scheduler.schedule_only(job)
+            if alone is None:
+                continue
+            try:
+                logits = runner.run(alone)
+            except Exception as error:
+                self._end(job, ForwardFailed(f"the forward of request {job.request_id} failed: {error}"))
+            else:
+                self.commit(alone, logits)
 
     def commit(self, step: Step, logits: Mapping[Branch, Tensor]) -> None:
         """Note the KV that the step computed, sample, and tell the listeners."""
@@ -130,6 +172,12 @@ class EngineCore:
         for job in touched:
             if not job.done:
                 self._report(job)
+
+    def _time_prefill(self, rows: int, seconds: float) -> None:
+        """Keep a moving mean of what a token of a long prefill costs; short steps measure something else."""
+        if rows >= _PREFILL_ROWS:
+            share = seconds / rows
+            self._prefill_s = share if self._prefill_s is None else 0.8 * self._prefill_s + 0.2 * share
 
     def _account(self, step: Step) -> None:
         jobs: dict[Job, None] = {}
@@ -247,10 +295,6 @@ class EngineCore:
             limit = job.deadline - job.started
             self._end(job, DeadlineExceeded(f"request {job.request_id} did not finish within {limit:.3f} s"))
 
-    def _fail(self, step: Step, error: Exception) -> None:
-        for job in {segment.branch.job: None for segment in step.segments}:
-            self._end(job, EngineStopped(f"the forward of request {job.request_id} failed: {error}"))
-
     # ------------------------------------------------------------------ adapters and figures
 
     def add_adapter(self, adapter: Adapter, *, pin: bool) -> AdapterInfo:
@@ -270,7 +314,20 @@ class EngineCore:
             running=len(self.scheduler.running),
             queued=len(self.scheduler.waiting),
             forwards=self.forwards,
+            prefill_seconds_per_token=self._prefill_s,
         )
+
+    def cache_nodes(self, scope: str | None, limit: int) -> list[CacheNode]:
+        """At most `limit` nodes of the tree (of one scope, if one is given), parents before children."""
+        names = {info.digest: info.name for info in self.registry.infos()}
+        ids: dict[Node, int] = {}
+        found: list[CacheNode] = []
+        for node in islice(self.tree.nodes(scope), limit):
+            ids[node] = len(ids) + 1
+            owner = None if node.owner is None else names.get(node.owner, node.owner[:8])
+            parent = 0 if node.parent is None else ids.get(node.parent, 0)
+            found.append(CacheNode(ids[node], parent, len(node.tokens), owner, node.refs > 0))
+        return found
 
     def check_integrity(self) -> None:
         """Raise AssertionError where an invariant of the tree, the leases or the registry is broken."""

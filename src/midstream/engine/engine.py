@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -13,23 +14,22 @@ from typing import TypeVar
 import psutil
 import torch
 
-from midstream.adapters import Adapter, AdapterRegistry, activation_index, load_adapter
+from midstream.adapters import Adapter, AdapterRegistry, load_adapter
 from midstream.config import EngineConfig
-from midstream.engine.constraints import ConstraintCompiler
-from midstream.engine.core import EngineCore, EngineStats
+from midstream.engine.core import CacheNode, EngineCore, EngineStats
 from midstream.engine.kv_tree import KVTree
 from midstream.engine.loop import EngineLoop
 from midstream.engine.output import OutputWriter
-from midstream.engine.request import Branch, Job, Outcome
+from midstream.engine.reader import RequestReader
+from midstream.engine.request import Job, Outcome
 from midstream.engine.runner import Runner
-from midstream.engine.sampler import make_generator
 from midstream.engine.scheduler import Scheduler
-from midstream.errors import Cancelled, InputError, InvocationError, MidstreamError, PromptTooLong
+from midstream.errors import Cancelled, MidstreamError
 from midstream.models.attention import KVPool
 from midstream.models.chat import ChatTokenizer
 from midstream.models.load import LoadedModel, load_model
 from midstream.models.source import DEFAULT_MODEL
-from midstream.types import AdapterInfo, Chat, Completion, Delta, Request, SamplingParams, Score
+from midstream.types import AdapterInfo, Chat, Completion, Delta, Request, Score
 
 T = TypeVar("T")
 
@@ -53,8 +53,12 @@ class AsyncEngine:
             max_queued=config.max_queued_requests,
             bytes_per_slot=per_slot,
         )
-        self._constraints = ConstraintCompiler(
-            loaded.chat.tokenizer, loaded.chat.encode, sorted(loaded.chat.eos_token_ids), loaded.vocab_size
+        self._reader = RequestReader(
+            loaded.chat,
+            self._core.registry,
+            vocab_size=loaded.vocab_size,
+            max_context=self._max_context,
+            num_slots=tree.num_slots,
         )
         self._loop = EngineLoop(self._core, Runner(loaded, tree.num_slots, self._core.weights_of))
         self._ids = itertools.count(1)
@@ -134,6 +138,10 @@ class AsyncEngine:
 
     # ------------------------------------------------------------------ the engine itself
 
+    async def cache_nodes(self, *, scope: str | None = None, limit: int = 500) -> list[CacheNode]:
+        """The KV tree as it is now, at most `limit` nodes, parents before children."""
+        return await self._on_loop(lambda: self._core.cache_nodes(scope, limit))
+
     async def stats(self) -> EngineStats:
         return await self._on_loop(self._core.stats)
 
@@ -170,22 +178,17 @@ class AsyncEngine:
         started = time.perf_counter()
         request_id = f"req-{next(self._ids)}"
 
-        def admit() -> None:
-            job = self._job(request_id, request, continuations, listener)
+        def read() -> Job:
+            job = self._reader.read(request_id, request, continuations, listener)
             job.streaming = streaming
             job.started = started
             if request.deadline_s is not None:
                 job.deadline = started + request.deadline_s
-            try:
-                self._core.add(job)
-            except MidstreamError:
-                if job.adapter is not None:
-                    self._core.registry.release(job.adapter)
-                raise
+            return job
 
         finished = False
         try:
-            await self._on_loop(admit)
+            await self._admit(read)
             while not finished:
                 outcome = await outcomes.get()
                 if isinstance(outcome, MidstreamError):
@@ -197,101 +200,19 @@ class AsyncEngine:
             if not finished:
                 self._cancel(request_id)
 
+    async def _admit(self, read: Callable[[], Job]) -> None:
+        """Read a request and queue its job; anew where its adapter was replaced in between."""
+        while True:
+            job = await asyncio.to_thread(read)
+            if await self._on_loop(functools.partial(self._core.add, job)):
+                return
+
     def _cancel(self, request_id: str) -> None:
         error = Cancelled(f"request {request_id} was cancelled")
         try:
             self._loop.call(lambda: self._core.cancel(request_id, error))
         except MidstreamError:
             return  # the engine is closed and has ended every job
-
-    def _job(
-        self,
-        request_id: str,
-        request: Request,
-        continuations: Sequence[Sequence[int]] | None,
-        listener: Callable[[Outcome], None],
-    ) -> Job:
-        """Check a request and make the job of it; acquires its adapter last, when nothing can fail any more."""
-        registry = self._core.registry
-        adapter = None if request.adapter is None else registry.get(request.adapter)
-        prompt = self._prompt(request, adapter)
-        activation = None if adapter is None else self._activation(prompt, adapter)
-        job = Job(
-            request_id=request_id,
-            prompt=prompt,
-            adapter=adapter,
-            activation=activation,
-            params=request.params,
-            listener=listener,
-            continuations=continuations,
-            scope=request.cache_scope,
-        )
-        job.branches = [self._branch(job, i) for i in range(_num_branches(request.params, continuations))]
-        self._check_fits(job)
-        if request.adapter is not None:
-            job.adapter = registry.acquire(request.adapter)
-        return job
-
-    def _branch(self, job: Job, index: int) -> Branch:
-        branch = Branch(job, index)
-        if job.continuations is not None:
-            branch.output = list(job.continuations[index])
-            self._check_tokens(branch.output, f"continuation {index}")
-            return branch
-        branch.generator = make_generator(job.params, index)
-        if job.params.constraint is not None:
-            branch.matcher = self._constraints.compile(job.params.constraint, job.params.max_tokens)
-        return branch
-
-    def _prompt(self, request: Request, adapter: Adapter | None) -> tuple[int, ...]:
-        if isinstance(request.prompt, Chat):
-            if not request.invoke:
-                return self.chat.prompt(request.prompt)
-            tokens = self.chat.history(request.prompt)
-        else:
-            tokens = request.prompt
-        if request.invoke:
-            tokens = (*tokens, *self.invocation_of(adapter))
-        self._check_tokens(tokens, "the prompt")
-        return tokens
-
-    def invocation_of(self, adapter: Adapter | None) -> tuple[int, ...]:
-        """The tokens that call an adapter: an aLoRA's invocation tokens, or a plain LoRA's calling text."""
-        if adapter is None:
-            raise InvocationError("invoke needs an adapter: name one in `adapter`")
-        spec = adapter.spec
-        if spec.invocation_tokens:
-            return spec.invocation_tokens
-        if spec.invocation_text:
-            return self.chat.encode(spec.invocation_text)
-        raise InvocationError(
-            f"adapter {spec.name} is a plain LoRA without a calling text, so nothing can be appended to invoke it: "
-            "send a prompt that asks for its answer instead"
-        )
-
-    def _activation(self, prompt: tuple[int, ...], adapter: Adapter) -> int:
-        if adapter.spec.kind == "lora":
-            return 0
-        return activation_index(
-            prompt, adapter.spec.invocation_tokens, describe=self.chat.decode, adapter=adapter.spec.name
-        )
-
-    def _check_tokens(self, tokens: Sequence[int], what: str) -> None:
-        if not tokens:
-            raise InputError(f"{what} is empty")
-        wrong = next((t for t in tokens if not 0 <= t < self._loaded.vocab_size), None)
-        if wrong is not None:
-            raise InputError(f"{what} has token id {wrong}, but ids go from 0 to {self._loaded.vocab_size - 1}")
-
-    def _check_fits(self, job: Job) -> None:
-        """Refuse at once what no waiting or eviction could ever make fit."""
-        growth = max(branch.growth for branch in job.branches)
-        total = len(job.prompt) + growth
-        asked = f"the prompt has {len(job.prompt)} tokens and asks for {growth + 1} more"
-        if total + 1 > self._max_context:
-            raise PromptTooLong(f"{asked}: together over the context of {self._max_context} tokens")
-        if total > self._core.tree.num_slots:
-            raise PromptTooLong(f"{asked}: the KV budget holds {self._core.tree.num_slots} tokens in all")
 
     def _read_adapter(self, folder: Path, name: str | None) -> Adapter:
         return load_adapter(
@@ -303,14 +224,6 @@ class AsyncEngine:
             dtype=self._loaded.dtype,
             device=self._loaded.device,
         )
-
-
-def _num_branches(params: SamplingParams, continuations: Sequence[Sequence[int]] | None) -> int:
-    if continuations is None:
-        return params.n
-    if not continuations:
-        raise InputError("score needs at least one continuation")
-    return len(continuations)
 
 
 def _num_slots(config: EngineConfig, bytes_per_slot: int, max_context: int, device: torch.device) -> int:

@@ -168,9 +168,10 @@ class KVTree:
         """Free every node that no lease holds."""
         self._evict(self.num_slots)
 
-    def nodes(self) -> Iterator[Node]:
-        """All nodes that are in the tree (tails of running sequences are not)."""
-        stack = [child for root in self._roots.values() for child in root.children.values()]
+    def nodes(self, scope: str | None = None) -> Iterator[Node]:
+        """All nodes that are in the tree, or those of one scope (tails of running sequences are not)."""
+        roots = self._roots.values() if scope is None else [self._root(scope)]
+        stack = [child for root in roots for child in root.children.values()]
         while stack:
             node = stack.pop()
             yield node

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from midstream.engine.kv_tree import KVTree, Node, OutOfSlots
@@ -60,8 +60,11 @@ class Scheduler:
     def schedule(self) -> Step | None:
         """Admit what fits and plan one forward; None when there is nothing to compute."""
         self._admit()
-        pieces = self._plan()
-        return _pack(pieces, self.running) if pieces else None
+        return _packed(self._plan(self.running))
+
+    def schedule_only(self, job: Job) -> Step | None:
+        """Plan one forward of a running job alone."""
+        return _packed(self._plan([branch for branch in self.running if branch.job is job]))
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self._max_running:
@@ -77,11 +80,11 @@ class Scheduler:
             for token in branch.output[: branch.growth]:
                 self.tree.append(lease, token)
 
-    def _plan(self) -> list[_Piece]:
+    def _plan(self, running: Sequence[Branch]) -> list[_Piece]:
         planned: dict[Node, int] = {}
         pieces: list[_Piece] = []
         budget = self._max_step_tokens
-        short, long = self._by_length()
+        short, long = _by_length(running)
         for branches, share in ((short, SHORT_SHARE if long else 1.0), (long, 1.0)):
             limit = budget - int(self._max_step_tokens * (1 - share))
             for branch in branches:
@@ -94,14 +97,15 @@ class Scheduler:
                 pieces.extend(new)
         return pieces
 
-    def _by_length(self) -> tuple[list[Branch], list[Branch]]:
-        short: list[Branch] = []
-        long: list[Branch] = []
-        for branch in self.running:
-            assert branch.lease is not None
-            left = sum(len(node.tokens) - node.computed for node in branch.lease.nodes())
-            (short if left <= SHORT_TOKENS else long).append(branch)
-        return short, long
+
+def _by_length(running: Sequence[Branch]) -> tuple[list[Branch], list[Branch]]:
+    short: list[Branch] = []
+    long: list[Branch] = []
+    for branch in running:
+        assert branch.lease is not None
+        left = sum(len(node.tokens) - node.computed for node in branch.lease.nodes())
+        (short if left <= SHORT_TOKENS else long).append(branch)
+    return short, long
 
 
 def _plan_branch(branch: Branch, planned: dict[Node, int], budget: int) -> list[_Piece]:
@@ -120,7 +124,9 @@ def _plan_branch(branch: Branch, planned: dict[Node, int], budget: int) -> list[
     return pieces
 
 
-def _pack(pieces: list[_Piece], running: list[Branch]) -> Step:
+def _packed(pieces: list[_Piece]) -> Step | None:
+    if not pieces:
+        return None
     ordered = sorted(pieces, key=lambda piece: (piece.node.owner is not None, piece.node.owner or ""))
     segments: list[Segment] = []
     groups: list[tuple[str, int, int]] = []

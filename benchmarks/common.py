@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from midstream.session import Engine, library_folder
+from midstream.library import library_folder
+from midstream.session import Engine
 
 
 def machine() -> dict[str, Any]:

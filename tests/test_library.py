@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from midstream.evaluation.catalogue import markdown, read_entries
 from midstream.intrinsics import IntrinsicResult
+from midstream.library import library_folder
 from midstream.models.source import DEFAULT_MODEL, resolve
-from midstream.session import Engine, library_folder
+from midstream.session import Engine
 from midstream.training.tasks import TASKS
 from midstream.types import Chat, Document, Message, Request, SamplingParams
 from tests.reference import logits, peft_model

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pathlib import Path
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 
 class EngineConfig(BaseModel):
@@ -21,3 +24,85 @@ class EngineConfig(BaseModel):
     max_running_sequences: int = Field(default=64, ge=1)
     max_queued_requests: int = Field(default=1024, ge=1)
     adapter_budget_bytes: int = Field(default=2 * 1024**3, gt=0)
+
+
+class ServerConfig(BaseModel):
+    """What `midstream serve` may be told. Each field's description is the help of its flag."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = Field(
+        default="smollm2-135m-instruct", description="Known name, Hugging Face folder or hub id, or GGUF file."
+    )
+    served_name: str | None = Field(
+        default=None, description="The base model's name in requests; default: the model's own."
+    )
+    adapters: tuple[str, ...] = Field(
+        default=(), description="Adapter folder, or NAME=FOLDER, to load at the start; repeatable."
+    )
+    library: bool = Field(default=True, description="Load the trained adapters that the library has for the model.")
+    dtype: str | None = Field(
+        default=None, description="float32, bfloat16 or float16; default: what the processor does natively."
+    )
+    device: str | None = Field(default=None, description="cpu or cuda; default: cuda where there is one.")
+    kv_mib: int | None = Field(
+        default=None, gt=0, description="Memory of the KV cache in MiB; default: one context, at least 512."
+    )
+    max_context_tokens: int | None = Field(
+        default=None, gt=0, description="Longest prompt with its answer; default: the model's."
+    )
+
+    host: str = Field(default="127.0.0.1", description="Address to listen on.")
+    port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    tls_cert: Path | None = Field(
+        default=None, description="Certificate file (PEM); with --tls-key, the server speaks HTTPS."
+    )
+    tls_key: Path | None = Field(default=None, description="Private key file (PEM) of the certificate.")
+
+    api_keys: tuple[SecretStr, ...] = Field(
+        default=(), description="Key that clients must send as a bearer token; repeatable."
+    )
+    admin_key: SecretStr | None = Field(
+        default=None, description="Key that may load and unload adapters; without one, nobody may."
+    )
+    adapter_dir: Path | None = Field(
+        default=None, description="The only folder from which adapters are loaded while serving."
+    )
+    max_adapter_mib: int = Field(
+        default=512, gt=0, description="Largest adapter folder that is loaded while serving, in MiB."
+    )
+    isolate_cache: bool = Field(default=False, description="Never reuse KV across API keys.")
+
+    max_body_kib: int = Field(default=2048, gt=0, description="Largest request body, in KiB.")
+    max_queued: int = Field(default=256, ge=1, description="Requests that may wait; more are refused with 429.")
+    max_streams_per_key: int = Field(default=256, ge=1, description="Requests that one key may have open at a time.")
+    default_max_tokens: int = Field(default=1024, ge=1, description="Longest answer where a request names none.")
+    request_timeout_s: float = Field(default=300.0, gt=0, description="A request that takes longer ends with 504.")
+    stall_timeout_s: float = Field(
+        default=30.0, gt=0, description="A client that neither sends nor reads for so long is dropped."
+    )
+    shutdown_timeout_s: float = Field(
+        default=30.0, gt=0, description="Running requests may finish for so long after SIGTERM."
+    )
+
+    log_file: Path | None = Field(default=None, description="Write logs (JSON lines) here; default: standard error.")
+    log_text: bool = Field(
+        default=False, description="Log prompts and answers too. Off: no log holds a conversation's text."
+    )
+    playground: bool = Field(default=True, description="Serve the playground page at /.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key go together")
+        if self.isolate_cache and not self.api_keys:
+            raise ValueError("isolate_cache needs api_keys to tell callers apart")
+        return self
+
+    def engine(self) -> EngineConfig:
+        """The engine's part of it."""
+        return EngineConfig(
+            kv_budget_bytes=None if self.kv_mib is None else self.kv_mib * 1024**2,
+            max_context_tokens=self.max_context_tokens,
+            max_queued_requests=self.max_queued,
+        )

@@ -5,12 +5,19 @@ MidstreamError
 │   ├── AdapterError            an adapter folder or name
 │   │   ├── AdapterFormatError  a folder breaks the format; lists every violation
 │   │   └── AdapterNotFound     no adapter of that name is loaded
+│   ├── ModelNotFound           a request names neither the base model nor a loaded adapter
 │   ├── InvocationError         the prompt lacks the adapter's invocation tokens
 │   ├── PromptTooLong           can never fit the context or the KV budget
 │   ├── ConstraintError         a grammar, schema or choice list is invalid
 │   ├── ContractError           an io.yaml contract is invalid
 │   ├── DataError               training or evaluation rows are wrong; lists every bad row
 │   └── ModelError              a model cannot be found, read or served
+├── AccessError                 a server turns the caller away
+│   ├── Unauthorized            no API key, or a wrong one
+│   ├── Forbidden               this key may not do that
+│   ├── BodyTooLarge            the request body is over the limit
+│   ├── BodyTimeout             the request body did not come
+│   └── TooManyStreams          the key has too many requests open
 ├── OverloadedError             the queue is full
 ├── DeadlineExceeded            the request's deadline passed
 ├── Cancelled                   the caller cancelled the request
@@ -60,6 +67,13 @@ class AdapterNotFound(AdapterError):
     code = "adapter_not_found"
 
 
+class ModelNotFound(InputError):
+    """A request names neither the base model nor a loaded adapter."""
+
+    status = 404
+    code = "model_not_found"
+
+
 class InvocationError(InputError):
     """The prompt does not contain the adapter's invocation tokens, so the adapter would never switch on."""
 
@@ -99,6 +113,45 @@ class ModelError(InputError):
     """A model cannot be found, read, or served by this engine."""
 
     code = "model_not_supported"
+
+
+class AccessError(MidstreamError):
+    """A server turns the caller away; nothing was run."""
+
+
+class Unauthorized(AccessError):
+    """No API key was sent, or a wrong one."""
+
+    status = 401
+    code = "invalid_api_key"
+
+
+class Forbidden(AccessError):
+    """This key may not do that."""
+
+    status = 403
+    code = "permission_denied"
+
+
+class BodyTooLarge(AccessError):
+    """The request body is over the limit."""
+
+    status = 413
+    code = "body_too_large"
+
+
+class BodyTimeout(AccessError):
+    """The request body did not come in time."""
+
+    status = 408
+    code = "request_timeout"
+
+
+class TooManyStreams(AccessError):
+    """The key has too many requests open."""
+
+    status = 429
+    code = "too_many_streams"
 
 
 class OverloadedError(MidstreamError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from midstream.history import Parting, find_parting
 from midstream.intrinsics.call import IntrinsicResult, call_intrinsic, call_intrinsics, find
 from midstream.intrinsics.render import judged
 from midstream.intrinsics.spec import load_contract
+from midstream.library import library_adapters
 from midstream.models.source import DEFAULT_MODEL
 from midstream.types import AdapterInfo, Chat, Completion, Delta, Document, Message, Request, SamplingParams
 
@@ -31,14 +31,6 @@ class Reply:
     text: str
     completion: Completion
     parting: Parting | None
-
-
-def library_folder(model_name: str) -> Path | None:
-    """The trained adapters of a model: below $MIDSTREAM_LIBRARY, else library/ of the checkout this runs from."""
-    roots = [Path(__file__).parents[2] / "library"]
-    if named := os.environ.get("MIDSTREAM_LIBRARY"):
-        roots.insert(0, Path(named))
-    return next((root / model_name for root in roots if (root / model_name).is_dir()), None)
 
 
 class Engine:
@@ -68,9 +60,7 @@ class Engine:
 
     def load_library(self) -> tuple[AdapterInfo, ...]:
         """Load every adapter that the library has for this model."""
-        root = library_folder(self.aio.model_name)
-        folders = sorted(p.parent for p in root.glob("*/adapter_config.json")) if root is not None else []
-        return tuple(self.load_adapter(folder) for folder in folders)
+        return tuple(self.load_adapter(folder) for folder in library_adapters(self.aio.model_name))
 
     def unload_adapter(self, name: str) -> None:
         self.portal.run(self.aio.unload_adapter(name))

@@ -94,8 +94,13 @@ class AdapterRegistry:
             del self._uses[adapter]
 
     def infos(self) -> tuple[AdapterInfo, ...]:
-        """The named adapters, by name."""
-        return tuple(self._info(name) for name in sorted(self._named))
+        """The named adapters, by name. Safe in any thread: it looks at a copy."""
+        return tuple(self._info(adapter) for _, adapter in sorted(self._named.copy().items()))
+
+    def info(self, name: str) -> AdapterInfo | None:
+        """One adapter, None where there is none of that name. Safe in any thread."""
+        adapter = self._named.get(name)
+        return None if adapter is None else self._info(adapter)
 
     def check_integrity(self) -> None:
         """Raise AssertionError where the counts do not add up."""
@@ -134,8 +139,8 @@ class AdapterRegistry:
         self._pinned.discard(name)
         return self._named.pop(name)
 
-    def _info(self, name: str) -> AdapterInfo:
-        adapter = self._named[name]
+    def _info(self, adapter: Adapter) -> AdapterInfo:
+        name = adapter.spec.name
         return AdapterInfo(
             name=name,
             kind=adapter.spec.kind,

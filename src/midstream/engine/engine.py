@@ -85,8 +85,18 @@ class AsyncEngine:
         return self._loaded.name
 
     @property
+    def vocab_size(self) -> int:
+        return self._loaded.vocab_size
+
+    @property
     def max_context_tokens(self) -> int:
-        return self._max_context
+        """Longest prompt with its answer: the context, or what the KV budget holds."""
+        return min(self._max_context, self._core.tree.num_slots)
+
+    @property
+    def running(self) -> bool:
+        """Whether requests are taken."""
+        return self._loop.running
 
     # ------------------------------------------------------------------ the Backend's verbs
 
@@ -115,7 +125,15 @@ class AsyncEngine:
         return self.chat.encode(prompt) if isinstance(prompt, str) else self.chat.prompt(prompt)
 
     async def adapters(self) -> tuple[AdapterInfo, ...]:
-        return await self._on_loop(self._core.registry.infos)
+        return self.adapter_infos()
+
+    def adapter_infos(self) -> tuple[AdapterInfo, ...]:
+        """The adapters that requests may name. Safe in any thread."""
+        return self._core.registry.infos()
+
+    def adapter(self, name: str) -> AdapterInfo | None:
+        """The adapter of that name, if one is loaded."""
+        return self._core.registry.info(name)
 
     async def warm(self, tokens: Sequence[int]) -> None:
         """Compute the base model's KV of all `tokens`, so that what follows them reuses every one."""

@@ -32,6 +32,11 @@ class EngineLoop:
         self._thread = threading.Thread(target=self._run, name="midstream-engine", daemon=True)
         self._thread.start()
 
+    @property
+    def running(self) -> bool:
+        """Whether the thread takes calls."""
+        return self._thread.is_alive() and not self._closing
+
     def call(self, function: Callable[[], T]) -> Future[T]:
         """Run a function on the engine's thread between two steps. Raises EngineStopped after `close`."""
         future: Future[T] = Future()

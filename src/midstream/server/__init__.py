@@ -1,0 +1,1 @@
+"""The HTTP server: OpenAI's endpoints, intrinsics as functions, and the playground."""

@@ -1,0 +1,181 @@
+"""`/v1/chat/completions` and `/v1/completions`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+
+from midstream.errors import InputError, MidstreamError
+from midstream.server import replies
+from midstream.server.params import max_tokens_of, params_of
+from midstream.server.prompts import chat_of, prompt_of
+from midstream.server.replies import Head
+from midstream.server.schemas import ChatBody, Sampling, TextBody
+from midstream.server.service import Exchange, Service
+from midstream.server.stream import DONE, EventStream, event, unless_gone
+from midstream.types import AdapterInfo, Delta, Request
+
+Chunk = Callable[[Delta, bool], dict[str, Any]]
+End = Callable[[int, str], dict[str, Any]]
+
+
+def routes(service: Service) -> APIRouter:
+    """The endpoints of one service."""
+    router = APIRouter()
+
+    @router.post("/v1/chat/completions")
+    async def chat_completions(body: ChatBody, http: HttpRequest) -> Response:
+        """Answer a conversation with the base model, or with the adapter that `model` names."""
+        adapter, template_arguments = _chosen(service, body)
+        chat = chat_of(body.messages, body.documents, _tools(body), template_arguments)
+        prompt = await asyncio.to_thread(
+            prompt_of, service.engine.chat, chat, adapter, with_header=body.add_generation_prompt
+        )
+        asked = body.max_completion_tokens or body.max_tokens
+        logprobs = bool(body.logprobs)
+        request = _request(service, body, prompt, adapter, asked, logprobs, body.top_logprobs or 0)
+        head = Head.chat(adapter.name if adapter else service.model_name)
+        if not body.stream:
+            completion = await unless_gone(http, service.backend(http).complete(request))
+            return JSONResponse(replies.chat_completion(head, completion))
+
+        def chunk(delta: Delta, first: bool) -> dict[str, Any]:
+            return replies.chat_chunk(head, delta, first=first, logprobs=logprobs)
+
+        def end(index: int, reason: str) -> dict[str, Any]:
+            return replies.chat_end(head, index, reason)
+
+        return await _streamed(service, http, body, request, head, chunk, end)
+
+    @router.post("/v1/completions")
+    async def completions(body: TextBody, http: HttpRequest) -> Response:
+        """Go on with a text, several texts, or token ids. An activated adapter's invocation must be in them."""
+        adapter = service.adapter_of(body.model)
+        prompts = await asyncio.to_thread(_prompts, service, body)
+        logprobs = body.logprobs is not None
+        requests = [
+            _request(service, body, prompt, adapter, body.max_tokens or 16, logprobs, body.logprobs or 0)
+            for prompt in prompts
+        ]
+        head = Head.text(adapter.name if adapter else service.model_name)
+        backend = service.backend(http)
+        if not body.stream:
+            together = asyncio.gather(*(backend.complete(request) for request in requests))
+            completions = await unless_gone(http, _awaited(together))
+            return JSONResponse(replies.text_completion(head, completions, logprobs=logprobs))
+        if len(requests) > 1:
+            raise InputError("stream takes one prompt: send several requests, or do not stream")
+        lengths: dict[int, int] = {}
+
+        def chunk(delta: Delta, first: bool) -> dict[str, Any]:
+            offset = lengths.get(delta.index, 0)
+            lengths[delta.index] = offset + len(delta.text)
+            return replies.text_chunk(head, delta, logprobs=logprobs, offset=offset)
+
+        def end(index: int, reason: str) -> dict[str, Any]:
+            return replies.text_end(head, index, reason)
+
+        return await _streamed(service, http, body, requests[0], head, chunk, end)
+
+    return router
+
+
+async def _streamed(
+    service: Service, http: HttpRequest, body: Sampling, request: Request, head: Head, chunk: Chunk, end: End
+) -> Response:
+    """Answer with events. What fails before the first of them is a plain error with its own status."""
+    deltas = service.backend(http).stream(request)
+    try:
+        first = await unless_gone(http, anext(deltas))
+    except BaseException:
+        await deltas.aclose()
+        raise
+    with_usage = body.stream_options is not None and body.stream_options.include_usage
+    exchange = Exchange.of(http)
+    events = _events(first, deltas, head, chunk, end, with_usage=with_usage, exchange=exchange)
+    return EventStream(events, stall_s=service.config.stall_timeout_s)
+
+
+async def _events(
+    first: Delta,
+    rest: AsyncGenerator[Delta, None],
+    head: Head,
+    chunk: Chunk,
+    end: End,
+    *,
+    with_usage: bool,
+    exchange: Exchange,
+) -> AsyncGenerator[bytes, None]:
+    begun: set[int] = set()
+    # OpenAI sends a null usage in every chunk but the last, where usage is asked for.
+    empty: dict[str, Any] = {"usage": None} if with_usage else {}
+    async with aclosing(rest):
+        try:
+            delta = first
+            while delta.completion is None:
+                yield event({**chunk(delta, delta.index not in begun), **empty})
+                begun.add(delta.index)
+                delta = await anext(rest)
+            for choice in delta.completion.choices:
+                yield event({**end(choice.index, choice.finish_reason), **empty})
+            if with_usage:
+                kind = "chat.completion.chunk" if head.id.startswith("chat") else "text_completion"
+                yield event(head.of(kind, [], usage=replies.usage(delta.completion.usage)))
+        except MidstreamError as error:
+            exchange.fields["code"] = error.code
+            yield event({"error": replies.error_object(error)})
+        yield DONE
+
+
+def _chosen(service: Service, body: ChatBody) -> tuple[AdapterInfo | None, dict[str, Any]]:
+    """The adapter, named by `model` or by `chat_template_kwargs.adapter_name`, and the template's own arguments."""
+    arguments = dict(body.chat_template_kwargs or {})
+    named = arguments.pop("adapter_name", None)
+    if named is not None and not isinstance(named, str):
+        raise InputError("chat_template_kwargs.adapter_name is not a text")
+    adapter = service.adapter_of(body.model)
+    if named is None or (adapter is not None and adapter.name == named):
+        return adapter, arguments
+    if adapter is not None:
+        raise InputError(f"one adapter per request: model names {adapter.name}, adapter_name names {named}")
+    return service.adapter_of(named), arguments
+
+
+def _tools(body: ChatBody) -> Sequence[dict[str, Any]] | None:
+    return None if body.tool_choice == "none" else body.tools
+
+
+def _prompts(service: Service, body: TextBody) -> list[tuple[int, ...]]:
+    prompt = body.prompt
+    if isinstance(prompt, str):
+        return [service.engine.chat.encode(prompt)]
+    if not prompt:
+        raise InputError("prompt is an empty list")
+    if isinstance(prompt[0], int):
+        return [tuple(prompt)]
+    return [service.engine.chat.encode(one) if isinstance(one, str) else tuple(one) for one in prompt]
+
+
+def _request(
+    service: Service,
+    body: Sampling,
+    prompt: tuple[int, ...],
+    adapter: AdapterInfo | None,
+    asked: int | None,
+    logprobs: bool,
+    top_logprobs: int,
+) -> Request:
+    context = service.engine.max_context_tokens
+    max_tokens = max_tokens_of(asked, len(prompt), default=service.config.default_max_tokens, context=context)
+    params = params_of(body, adapter, max_tokens=max_tokens, logprobs=logprobs, top_logprobs=top_logprobs)
+    return Request(prompt=prompt, adapter=adapter.name if adapter else None, params=params)
+
+
+async def _awaited(future: asyncio.Future[Any]) -> Any:
+    return await future

@@ -1,0 +1,105 @@
+"""Health, metrics, tokens, the cache as it is, and the playground's files."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request as HttpRequest
+from starlette.responses import FileResponse, JSONResponse, Response
+
+from midstream.errors import InputError, ModelNotFound
+from midstream.server.prompts import chat_of, prompt_of
+from midstream.server.schemas import DetokenizeBody, TokenizeBody
+from midstream.server.service import Exchange, Service
+
+_PLAYGROUND = Path(__file__).parent / "playground"
+_MAX_NODES = 500
+
+
+def routes(service: Service) -> APIRouter:
+    """The endpoints of one service."""
+    router = APIRouter()
+
+    @router.get("/health")
+    async def health() -> Response:
+        """200 while requests are taken, 503 while not."""
+        well = service.engine.running and not service.draining
+        return JSONResponse({"status": "ok" if well else "stopping"}, status_code=200 if well else 503)
+
+    @router.get("/metrics")
+    async def metrics() -> Response:
+        """Prometheus metrics."""
+        stats = await service.engine.stats()
+        return Response(service.telemetry.exposition(stats), media_type="text/plain; version=0.0.4")
+
+    @router.get("/v1/cache")
+    async def cache(http: HttpRequest) -> dict[str, Any]:
+        """The KV cache: memory, hit rate and the tree's nodes. Under isolation, the caller's own nodes only."""
+        scope = Exchange.of(http).caller.scope if service.config.isolate_cache else None
+        stats = await service.engine.stats()
+        nodes = await service.engine.cache_nodes(scope=scope, limit=_MAX_NODES + 1)
+        queried, hit = service.telemetry.queried_tokens, service.telemetry.hit_tokens
+        return {
+            "kv_used_bytes": stats.kv_used_bytes,
+            "kv_total_bytes": stats.kv_total_bytes,
+            "running": stats.running,
+            "waiting": stats.queued,
+            "prefix_cache_queries": queried,
+            "prefix_cache_hits": hit,
+            "hit_rate": hit / queried if queried else None,
+            "prefill_seconds_per_token": stats.prefill_seconds_per_token,
+            "nodes": [asdict(node) for node in nodes[:_MAX_NODES]],
+            "truncated": len(nodes) > _MAX_NODES,
+        }
+
+    @router.post("/tokenize")
+    async def tokenize(body: TokenizeBody) -> dict[str, Any]:
+        """Token ids of a text, or of messages as the named model would see them."""
+        tokens = await asyncio.to_thread(_tokens, service, body)
+        found: dict[str, Any] = {
+            "count": len(tokens),
+            "max_model_len": service.engine.max_context_tokens,
+            "tokens": list(tokens),
+        }
+        if body.return_token_strs:
+            found["token_strs"] = [service.engine.chat.token_text(token) for token in tokens]
+        return found
+
+    @router.post("/detokenize")
+    async def detokenize(body: DetokenizeBody) -> dict[str, Any]:
+        """The text of token ids."""
+        service.adapter_of(body.model)
+        wrong = next((token for token in body.tokens if token >= service.engine.vocab_size), None)
+        if wrong is not None:
+            raise InputError(f"token id {wrong} is not in the vocabulary of {service.engine.vocab_size}")
+        return {"prompt": service.engine.chat.decode(body.tokens)}
+
+    if service.config.playground:
+        _add_playground(router)
+    return router
+
+
+def _add_playground(router: APIRouter) -> None:
+    files = {path.name: path for path in _PLAYGROUND.iterdir() if path.is_file()}
+
+    @router.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return FileResponse(files["index.html"])
+
+    @router.get("/playground/{name}", include_in_schema=False)
+    async def file(name: str) -> Response:
+        if name not in files:
+            raise ModelNotFound(f"the playground has no file {name!r}")
+        return FileResponse(files[name])
+
+
+def _tokens(service: Service, body: TokenizeBody) -> tuple[int, ...]:
+    adapter = service.adapter_of(body.model)
+    if body.messages is None:
+        return service.engine.chat.encode(body.prompt or "")
+    chat = chat_of(body.messages, body.documents, body.tools, body.chat_template_kwargs)
+    return prompt_of(service.engine.chat, chat, adapter, with_header=body.add_generation_prompt)

@@ -1,0 +1,116 @@
+"""Running the server: loading, TLS, signals, and an end that finishes or refuses every request."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+
+from midstream.config import ServerConfig
+from midstream.engine.engine import AsyncEngine
+from midstream.errors import InputError
+from midstream.library import library_adapters
+from midstream.server import logs, tracing
+from midstream.server.app import create_app
+from midstream.server.service import Service
+
+log = logging.getLogger("midstream.server")
+
+# What uvicorn gives connections beyond our own limit to write their last bytes.
+_LAST_BYTES_S = 5
+
+
+def serve(config: ServerConfig, *, progress: bool = False) -> None:
+    """Load the model and its adapters and serve until a signal comes. Raises InputError for what cannot be served."""
+    _check(config)
+    try:
+        logs.set_up(config.log_file)
+    except OSError as error:
+        raise InputError(f"the log file cannot be opened: {error}") from error
+    tracing.set_up()
+    engine = AsyncEngine.load(
+        config.model, config=config.engine(), dtype=config.dtype, device=config.device, progress=progress
+    )
+    asyncio.run(_serve(engine, config))
+
+
+async def _serve(engine: AsyncEngine, config: ServerConfig) -> None:
+    try:
+        await load_adapters(engine, config)
+        app = create_app(engine, config)
+    except BaseException:
+        await engine.aclose()
+        raise
+    server = GracefulServer(
+        uvicorn.Config(
+            app,
+            host=config.host,
+            port=config.port,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            ssl_certfile=config.tls_cert,
+            ssl_keyfile=config.tls_key,
+            timeout_keep_alive=int(max(5, config.stall_timeout_s)),
+            timeout_graceful_shutdown=int(config.shutdown_timeout_s) + _LAST_BYTES_S,
+        ),
+        app.state.service,
+    )
+    await server.serve()
+
+
+async def load_adapters(engine: AsyncEngine, config: ServerConfig) -> None:
+    """The library's adapters, then those that were named."""
+    for folder in library_adapters(engine.model_name) if config.library else []:
+        await engine.load_adapter(folder)
+    for named in config.adapters:
+        name, _, folder_text = named.rpartition("=")
+        await engine.load_adapter(Path(folder_text), name=name or None)
+
+
+class GracefulServer(uvicorn.Server):
+    """On the first signal: no new requests, running ones may finish for a while, the rest get an error."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+        self._ending: asyncio.Task[None] | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._service.draining = True
+        super().handle_exit(sig, frame)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for server in self.servers:
+            for listening in server.sockets:
+                host, port = listening.getsockname()[:2]
+                scheme = "https" if self.config.is_ssl else "http"
+                shown = f"[{host}]" if ":" in host else host
+                log.info("serving %s at %s://%s:%d", self._service.model_name, scheme, shown, port)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._ending = asyncio.create_task(self._end_engine())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            self._ending.cancel()
+
+    async def _end_engine(self) -> None:
+        """When the time is over, every request that still runs gets its error and so ends."""
+        await asyncio.sleep(self._service.config.shutdown_timeout_s)
+        log.warning("ending %d requests that did not finish in time", sum(self._service.open_requests.values()))
+        await self._service.engine.aclose()
+
+
+def _check(config: ServerConfig) -> None:
+    for name in ("tls_cert", "tls_key"):
+        path = getattr(config, name)
+        if path is not None and not path.is_file():
+            raise InputError(f"{name}: there is no file {path}")
+    if config.adapter_dir is not None and not config.adapter_dir.is_dir():
+        raise InputError(f"adapter_dir: there is no folder {config.adapter_dir}")

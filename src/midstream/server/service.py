@@ -1,0 +1,145 @@
+"""What all endpoints share: the engine, its names, and how a request is run, counted and given up."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.requests import Request as HttpRequest
+
+from midstream.config import ServerConfig
+from midstream.engine.engine import AsyncEngine
+from midstream.errors import ModelNotFound
+from midstream.intrinsics.call import find
+from midstream.server.telemetry import Telemetry
+from midstream.server.tracing import span
+from midstream.types import AdapterInfo, Completion, Delta, Request
+
+log = logging.getLogger("midstream.server")
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who sends a request: a key's number ("" where none are set), where its KV is shared, and what it may do."""
+
+    key: str = ""
+    scope: str = ""
+    admin: bool = False
+
+
+@dataclass(slots=True)
+class Exchange:
+    """One HTTP request as the middleware and the endpoints see it. `fields` go into its log line."""
+
+    id: str
+    caller: Caller = field(default_factory=Caller)
+    fields: dict[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def of(request: HttpRequest) -> Exchange:
+        exchange: Exchange = request.scope["midstream"]
+        return exchange
+
+
+class Service:
+    """One engine behind one server."""
+
+    def __init__(self, engine: AsyncEngine, config: ServerConfig) -> None:
+        self.engine = engine
+        self.config = config
+        self.model_name = config.served_name or engine.model_name
+        self.telemetry = Telemetry(self.model_name)
+        self.started = int(time.time())
+        self.draining = False
+        self.open_requests: Counter[str] = Counter()
+
+    def adapter_of(self, model: str | None) -> AdapterInfo | None:
+        """The adapter of that model name, None for the base model. Raises ModelNotFound, which lists what there is."""
+        if model is None or model in (self.model_name, self.engine.model_name):
+            return None
+        found = self.engine.adapter(model)
+        if found is None:
+            names = ", ".join([self.model_name, *(info.name for info in self.engine.adapter_infos())])
+            raise ModelNotFound(f"model {model!r} does not exist; there are: {names}")
+        return found
+
+    def intrinsic_of(self, name: str) -> AdapterInfo:
+        """The adapter of that name. Raises AdapterNotFound, which lists what there is."""
+        return find({info.name: info for info in self.engine.adapter_infos()}, name)
+
+    def backend(self, request: HttpRequest) -> ScopedBackend:
+        """The engine as this caller's requests see it."""
+        return ScopedBackend(self, Exchange.of(request), dict(request.headers))
+
+
+class ScopedBackend:
+    """The engine for one HTTP request: its cache scope and deadline, counted, logged and traced. A Backend."""
+
+    def __init__(self, service: Service, exchange: Exchange, headers: dict[str, str]) -> None:
+        self._service = service
+        self._exchange = exchange
+        self._headers = headers
+        self._deadline = time.monotonic() + service.config.request_timeout_s
+
+    async def complete(self, request: Request) -> Completion:
+        with span("midstream.complete", self._headers, self._attributes(request)) as current:
+            completion = await self._service.engine.complete(self._mine(request))
+            self._finish(completion, current)
+        return completion
+
+    async def stream(self, request: Request) -> AsyncGenerator[Delta, None]:
+        # The span is not made current: a generator may be closed in another context than it was begun in.
+        async with aclosing(self._service.engine.stream(self._mine(request))) as deltas:
+            async for delta in deltas:
+                if delta.completion is not None:
+                    with span("midstream.stream", self._headers, self._attributes(request)) as current:
+                        self._finish(delta.completion, current)
+                yield delta
+
+    async def score(self, request: Request, continuations: Any) -> Any:
+        return await self._service.engine.score(self._mine(request), continuations)
+
+    async def tokenize(self, prompt: Any) -> tuple[int, ...]:
+        return await self._service.engine.tokenize(prompt)
+
+    async def adapters(self) -> tuple[AdapterInfo, ...]:
+        return self._service.engine.adapter_infos()
+
+    def _mine(self, request: Request) -> Request:
+        left = max(0.001, self._deadline - time.monotonic())
+        return request.model_copy(update={"cache_scope": self._exchange.caller.scope, "deadline_s": left})
+
+    def _attributes(self, request: Request) -> dict[str, Any]:
+        return {
+            "gen_ai.operation.name": "chat",
+            "gen_ai.request.model": request.adapter or self._service.model_name,
+            "gen_ai.request.max_tokens": request.params.max_tokens,
+            "midstream.request_id": self._exchange.id,
+        }
+
+    def _finish(self, completion: Completion, current: Any) -> None:
+        self._service.telemetry.finished(completion)
+        usage = completion.usage
+        totals = self._exchange.fields
+        for name, value in usage.as_dict().items():
+            totals[name] = totals.get(name, 0) + value
+        totals["model"] = completion.adapter or self._service.model_name
+        if completion.time_to_first_token_s is not None:
+            totals["first_token_s"] = round(completion.time_to_first_token_s, 4)
+        if self._service.config.log_text:
+            decode = self._service.engine.chat.decode
+            totals.setdefault("prompts", []).append(decode(completion.prompt_token_ids))
+            totals.setdefault("answers", []).extend(choice.text for choice in completion.choices)
+        if current is not None:
+            current.set_attributes(
+                {
+                    "gen_ai.usage.input_tokens": usage.prompt_tokens,
+                    "gen_ai.usage.output_tokens": usage.completion_tokens,
+                    "midstream.cached_tokens": usage.cached_tokens,
+                }
+            )

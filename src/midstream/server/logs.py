@@ -34,6 +34,12 @@ class _Patient:
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         self.lost += 1
 
+    def close(self) -> None:
+        try:
+            super().close()  # type: ignore[misc]
+        except OSError:
+            self.lost += 1  # what was still buffered
+
 
 class PatientStreamHandler(_Patient, logging.StreamHandler):  # type: ignore[type-arg]
     """To standard error."""

@@ -7,8 +7,9 @@ import json
 from pydantic import ValidationError
 
 from midstream.errors import ConstraintError, InputError
+from midstream.intrinsics.constraint import constraint_of_schema
 from midstream.server.schemas import Sampling, StructuredOutputs
-from midstream.types import AdapterInfo, Choice, Constraint, JsonSchema, Regex, SamplingParams
+from midstream.types import AdapterInfo, Choice, Constraint, Regex, SamplingParams
 
 
 def params_of(
@@ -70,7 +71,3 @@ def _structured(wanted: StructuredOutputs) -> Constraint:
     if not isinstance(schema, dict):
         raise ConstraintError("structured_outputs.json is not a JSON schema (an object)")
     return constraint_of_schema(schema)
-
-
-def constraint_of_schema(schema):
-    return JsonSchema(schema_text=json.dumps(schema))

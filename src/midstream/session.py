@@ -255,13 +255,15 @@ class Conversation:
         chat = Chat(messages=self.messages)
         reads = str(info.metadata.get("reads", "any"))
         judged(chat, info)  # refuses a conversation without such a turn
-        if load_contract(info).instruction is not None:
+        if load_contract(info).needs_messages:
             return chat
         return self.token_ids if reads == "any" else self.token_ids[: self._ends[reads]]
 
     def _keep(self, result: IntrinsicResult) -> None:
         chat = self.engine.aio.chat
         prompt = result.completion.prompt_token_ids
+        if result.prefix_rewritten is not None:
+            raise InputError(f"{result.intrinsic} rewrote what it judged, so its answer cannot be kept at the end")
         if prompt[: len(self.token_ids)] != self.token_ids:
             raise InputError(f"{result.intrinsic} judged an earlier turn, so its answer cannot be kept at the end")
         tokens = result.completion.token_ids

@@ -92,6 +92,8 @@ def task_of(info: AdapterInfo) -> Task:
     Raises InputError where its contract is not that of the task, or none that rows of targets can have.
     """
     contract = load_contract(info)
+    if contract.transformations:
+        raise InputError(f"adapter {info.name} answers with what its contract makes of labels; rows have the labels")
     name = str(info.metadata.get("task") or info.name)
     task = TASKS.get(name)
     if task is None:

@@ -14,14 +14,17 @@ from midstream.history import Parting
 from midstream.intrinsics.parse import parse
 from midstream.intrinsics.render import render
 from midstream.intrinsics.spec import load_contract
+from midstream.intrinsics.transform import read_answer, transform
 from midstream.types import AdapterInfo, Chat, Completion, Usage
 
 
 @dataclass(frozen=True, slots=True)
 class IntrinsicResult:
-    """What an intrinsic found. `probabilities` are of each label, where the response is one of some labels.
+    """What an intrinsic found. `probabilities` are of each label, where the raw answer is one of some labels.
 
-    `parting`: where its contract had the history rendered anew and the prefix was lost by it, at which token and why.
+    `result` is what the contract's transformations make of the raw answer. `parting`: where its contract had the
+    history rendered anew and the prefix was lost by it, at which token and why. `prefix_rewritten`: what the contract
+    changed before the end of the conversation, so that the KV behind it could not be reused.
     """
 
     intrinsic: str
@@ -32,9 +35,11 @@ class IntrinsicResult:
     seconds: float
     completion: Completion
     parting: Parting | None = None
+    prefix_rewritten: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """The form that programs read."""
+        """The form that programs read. `prefix_rewritten` is there only when it has something to say."""
+        rewritten = {} if self.prefix_rewritten is None else {"prefix_rewritten": self.prefix_rewritten}
         return {
             "intrinsic": self.intrinsic,
             "result": self.result,
@@ -42,6 +47,7 @@ class IntrinsicResult:
             "usage": self.usage.as_dict(),
             "activation_index": self.activation_index,
             "seconds": self.seconds,
+            **rewritten,
         }
 
 
@@ -53,19 +59,22 @@ async def call_intrinsic(
 ) -> IntrinsicResult:
     """Call one intrinsic. Raises InputError, OutputError, or what the backend raises."""
     contract = load_contract(adapter)
-    request = await render(backend, adapter, contract, conversation, arguments)
-    completion = await backend.complete(request)
+    rendered = await render(backend, adapter, contract, conversation, arguments)
+    completion = await backend.complete(rendered.request)
     choice = completion.choices[0]
+    answer = read_answer(contract, choice.text, choice.logprobs, rendered.tagged)
+    raw = parse(answer.text, contract, adapter.name)
     shares = choice.probabilities
     probabilities = None if shares is None else {json.loads(option): share for option, share in shares.items()}
     return IntrinsicResult(
         intrinsic=adapter.name,
-        result=parse(choice.text, contract, adapter.name),
+        result=transform(raw, contract, answer),
         probabilities=probabilities,
         usage=completion.usage,
         activation_index=completion.activation_index,
         seconds=completion.seconds,
         completion=completion,
+        prefix_rewritten=rendered.prefix_rewritten,
     )
 
 

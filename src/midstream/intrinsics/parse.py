@@ -1,4 +1,4 @@
-"""From an intrinsic's output to its result, checked against the contract."""
+"""From an intrinsic's output to its raw answer, checked against the contract."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ from midstream.intrinsics.spec import Contract
 
 
 def parse(text: str, contract: Contract, name: str) -> Any:
-    """The JSON value of an output; its plain text where the contract has no format.
+    """The JSON value of an output, before transformations; its plain text where the contract says nothing of JSON.
 
     Raises OutputError, which shows the output and the schema, when they do not fit.
     """
     schema = contract.json_schema
-    if schema is None:
+    if schema is None and not contract.transformations:
         return text
     try:
         value = json.loads(text)
-        jsonschema.validate(value, schema)
-    except (ValueError, jsonschema.ValidationError) as error:
+        jsonschema.validate(value, {} if schema is None else schema)
+    except (ValueError, RecursionError, jsonschema.ValidationError) as error:
         reason = str(error).splitlines()[0]
-        raise OutputError(
-            f"intrinsic {name} gave {text!r}, which does not fit {json.dumps(schema)}: {reason}"
-        ) from error
+        wanted = "JSON" if schema is None else json.dumps(schema)
+        raise OutputError(f"intrinsic {name} gave {text!r}, which does not fit {wanted}: {reason}") from error
     return value

@@ -160,7 +160,10 @@ async def test_an_instruction_stands_after_the_turn_that_is_judged(tmp_path: Pat
         ("response_format: '['\n", "response_format"),
         ("- a\n", "file"),
         ("a: [\n", "cannot be read"),
-        ("model: x\nresponse_format: null\ntransformations: [{type: likelihood}]\n", "does not carry out"),
+        (
+            "model: x\nresponse_format: null\ntransformations: [{type: likelihood}]\n",
+            "categories_to_values: Field required",
+        ),
         ("model: x\nresponse_format: null\n", "lacks transformations"),
         ('model: x\nresponse_format: \'{"type": "strng"}\'\ntransformations: null\n', "not a JSON schema"),
     ],

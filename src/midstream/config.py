@@ -97,6 +97,14 @@ class ServerConfig(BaseModel):
             raise ValueError("tls_cert and tls_key go together")
         if self.isolate_cache and not self.api_keys:
             raise ValueError("isolate_cache needs api_keys to tell callers apart")
+        for name in ("tls_cert", "tls_key"):
+            path = getattr(self, name)
+            if path is not None and not path.is_file():
+                raise ValueError(f"{name}: there is no file {path}")
+        if self.adapter_dir is not None and not self.adapter_dir.is_dir():
+            raise ValueError(f"adapter_dir: there is no folder {self.adapter_dir}")
+        if self.log_file is not None and not self.log_file.parent.is_dir():
+            raise ValueError(f"log_file: there is no folder {self.log_file.parent}")
         return self
 
     def engine(self) -> EngineConfig:

@@ -163,6 +163,28 @@ def test_filters_keep_what_their_definition_says(seed: int, name: str, data: st.
     assert {choose(row, full, generator) for _ in range(20)} <= allowed
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-40, 1e-10, 10.0])
+def test_any_temperature_above_zero_gives_a_distribution(temperature: float) -> None:
+    logits = torch.tensor([3.0, 1e30, 5.0, float("-inf")])
+    params = SamplingParams(temperature=temperature, seed=1)
+    assert choose(logits, params, make_generator(params, 0)) == 1
+
+
+async def test_a_fault_in_sampling_ends_its_own_request_only(
+    engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail_for_one(logits: Any, params: SamplingParams, generator: Any) -> int:
+        if params.max_tokens == 3:
+            raise RuntimeError("a bug")
+        return choose(logits, params, generator)
+
+    monkeypatch.setattr("midstream.engine.core.choose", fail_for_one)
+    tasks = [engine.complete(request(max_tokens=n, ignore_eos=True)) for n in (3, 5)]
+    failed, other = await asyncio.gather(*tasks, return_exceptions=True)
+    assert isinstance(failed, ForwardFailed)
+    assert len(other.token_ids) == 5
+
+
 async def test_cancelling_frees_at_once(engine: AsyncEngine) -> None:
     task = asyncio.create_task(engine.complete(request(max_tokens=1500, ignore_eos=True)))
     while not (await engine.stats()).running:

@@ -126,7 +126,7 @@ def test_choices_and_regular_expressions(live: Running) -> None:
 
 def test_an_adapter_is_a_model_name(live: Running) -> None:
     base = chat(live, temperature=0)
-    found = chat(live, model="jailbreak", structured_outputs={"choice": ['"yes"', '"no"']})
+    found = chat(live, model="jailbreak", max_tokens=None)
     assert found["model"] == "jailbreak"
     assert found["choices"][0]["message"]["content"] in ('"yes"', '"no"')
     assert found["usage"]["prompt_tokens_details"]["cached_tokens"] == 19, "the base model's prompt is reused"
@@ -135,6 +135,8 @@ def test_an_adapter_is_a_model_name(live: Running) -> None:
     )
     assert named["choices"][0]["message"] == found["choices"][0]["message"]
     assert base["model"] == "tiny"
+    free = chat(live, model="jailbreak", response_format={"type": "text"}, temperature=1.0, ignore_eos=True)
+    assert free["usage"]["completion_tokens"] == 8, "held to its contract only where the request leaves it open"
     error = chat(live, 400, model="jailbreak", chat_template_kwargs={"adapter_name": "certainty"})["error"]
     assert "one adapter per request" in error["message"]
 

@@ -27,7 +27,7 @@ from midstream.types import AdapterInfo, Completion, Delta, Score, TokenLogprob
 log = logging.getLogger(__name__)
 
 # A forward of at least so many tokens counts as prefill.
-_PREFILL_ROWS = 64
+_PREFILL_ROWS = 32
 
 
 class StepRunner(Protocol):
@@ -169,6 +169,9 @@ class EngineCore:
                 self._advance(branch, logits[branch])
             except MidstreamError as error:
                 self._end(branch.job, error)
+            except Exception as error:
+                log.exception("sampling failed")
+                self._end(branch.job, ForwardFailed(f"sampling for request {branch.job.request_id} failed: {error}"))
         for job in touched:
             if not job.done:
                 self._report(job)

@@ -27,7 +27,8 @@ def choose(logits: Tensor, params: SamplingParams, generator: torch.Generator | 
     """A token id from logits [vocab] (float32): greedy, or temperature then top-k, top-p and min-p."""
     if generator is None:
         return int(torch.argmax(logits))
-    scaled = logits / params.temperature
+    # In float64, and the largest at 0: any temperature above 0 then gives a distribution.
+    scaled = (logits.double() - logits.max()) / params.temperature
     values, order = torch.sort(scaled, descending=True)
     probabilities = torch.softmax(values, dim=0)
     keep = torch.ones_like(probabilities, dtype=torch.bool)

@@ -13,16 +13,19 @@ from starlette.responses import JSONResponse, Response
 
 from midstream.errors import InputError, MidstreamError
 from midstream.server import replies
-from midstream.server.params import max_tokens_of, params_of
+from midstream.server.params import defaults_of, max_tokens_of, params_of
 from midstream.server.prompts import chat_of, prompt_of
 from midstream.server.replies import Head
 from midstream.server.schemas import ChatBody, Sampling, TextBody
 from midstream.server.service import Exchange, Service
 from midstream.server.stream import DONE, EventStream, event, unless_gone
-from midstream.types import AdapterInfo, Delta, Request
+from midstream.types import AdapterInfo, Delta, Request, SamplingParams
 
 Chunk = Callable[[Delta, bool], dict[str, Any]]
 End = Callable[[int, str], dict[str, Any]]
+
+# OpenAI's defaults of the older endpoint, which knows nothing of an adapter's contract.
+_TEXT = SamplingParams(temperature=1.0, max_tokens=16)
 
 
 def routes(service: Service) -> APIRouter:
@@ -39,7 +42,8 @@ def routes(service: Service) -> APIRouter:
         )
         asked = body.max_completion_tokens or body.max_tokens
         logprobs = bool(body.logprobs)
-        request = _request(service, body, prompt, adapter, asked, logprobs, body.top_logprobs or 0)
+        defaults = defaults_of(adapter, max_tokens=service.config.default_max_tokens)
+        request = _request(service, body, prompt, adapter, defaults, asked, logprobs, body.top_logprobs or 0)
         head = Head.chat(adapter.name if adapter else service.model_name)
         if not body.stream:
             completion = await unless_gone(http, service.backend(http).complete(request))
@@ -60,7 +64,7 @@ def routes(service: Service) -> APIRouter:
         prompts = await asyncio.to_thread(_prompts, service, body)
         logprobs = body.logprobs is not None
         requests = [
-            _request(service, body, prompt, adapter, body.max_tokens or 16, logprobs, body.logprobs or 0)
+            _request(service, body, prompt, adapter, _TEXT, body.max_tokens, logprobs, body.logprobs or 0)
             for prompt in prompts
         ]
         head = Head.text(adapter.name if adapter else service.model_name)
@@ -167,13 +171,14 @@ def _request(
     body: Sampling,
     prompt: tuple[int, ...],
     adapter: AdapterInfo | None,
+    defaults: SamplingParams,
     asked: int | None,
     logprobs: bool,
     top_logprobs: int,
 ) -> Request:
     context = service.engine.max_context_tokens
-    max_tokens = max_tokens_of(asked, len(prompt), default=service.config.default_max_tokens, context=context)
-    params = params_of(body, adapter, max_tokens=max_tokens, logprobs=logprobs, top_logprobs=top_logprobs)
+    max_tokens = max_tokens_of(asked, len(prompt), default=defaults.max_tokens, context=context)
+    params = params_of(body, defaults, max_tokens=max_tokens, logprobs=logprobs, top_logprobs=top_logprobs)
     return Request(prompt=prompt, adapter=adapter.name if adapter else None, params=params)
 
 

@@ -3,38 +3,52 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from pydantic import ValidationError
 
 from midstream.errors import ConstraintError, InputError
 from midstream.intrinsics.constraint import constraint_of_schema
+from midstream.intrinsics.render import sampling_params
+from midstream.intrinsics.spec import load_contract
 from midstream.server.schemas import Sampling, StructuredOutputs
 from midstream.types import AdapterInfo, Choice, Constraint, Regex, SamplingParams
 
 
-def params_of(
-    body: Sampling, adapter: AdapterInfo | None, *, max_tokens: int, logprobs: bool, top_logprobs: int
-) -> SamplingParams:
-    """Sampling parameters. Raises InputError that names the field, ConstraintError for an invalid format.
+def defaults_of(adapter: AdapterInfo | None, *, max_tokens: int) -> SamplingParams:
+    """What holds where a chat request says nothing: OpenAI's for the base model, its contract's for an adapter.
 
-    An adapter is a function, so it is greedy unless told otherwise; the base model has OpenAI's temperature of 1.
+    An adapter is a function. By its contract its answers are of the form that it was trained to give, and greedy.
     """
-    default = 1.0 if adapter is None else 0.0
-    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+    if adapter is None:
+        return SamplingParams(temperature=1.0, max_tokens=max_tokens)
+    return sampling_params(load_contract(adapter))
+
+
+def params_of(
+    body: Sampling, defaults: SamplingParams, *, max_tokens: int, logprobs: bool, top_logprobs: int
+) -> SamplingParams:
+    """Sampling parameters. Raises InputError that names the field, ConstraintError for an invalid format."""
+    given: dict[str, Any] = {
+        "temperature": body.temperature,
+        "top_p": body.top_p,
+        "top_k": None if body.top_k is None else max(0, body.top_k),
+        "min_p": body.min_p,
+        "seed": None if body.seed is None else body.seed % 2**63,
+        "stop": (body.stop,) if isinstance(body.stop, str) else body.stop and tuple(body.stop),
+        "n": body.n,
+    }
     try:
         return SamplingParams(
+            **{
+                **{name: getattr(defaults, name) for name in given},
+                **{name: value for name, value in given.items() if value is not None},
+            },
             max_tokens=max_tokens,
-            temperature=default if body.temperature is None else body.temperature,
-            top_p=1.0 if body.top_p is None else body.top_p,
-            top_k=max(0, body.top_k or 0),
-            min_p=body.min_p or 0.0,
-            seed=None if body.seed is None else body.seed % 2**63,
-            stop=stop,
-            n=body.n or 1,
             logprobs=logprobs,
             top_logprobs=top_logprobs,
             ignore_eos=body.ignore_eos,
-            constraint=_constraint(body),
+            constraint=_constraint(body, defaults.constraint),
         )
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'request'}: {e['msg']}" for e in error.errors())
@@ -46,10 +60,12 @@ def max_tokens_of(asked: int | None, prompt_tokens: int, *, default: int, contex
     return asked if asked is not None else max(1, min(default, context - prompt_tokens))
 
 
-def _constraint(body: Sampling) -> Constraint | None:
+def _constraint(body: Sampling, default: Constraint | None) -> Constraint | None:
     if body.structured_outputs is not None:
         return _structured(body.structured_outputs)
-    if body.response_format is None or body.response_format.type == "text":
+    if body.response_format is None:
+        return default
+    if body.response_format.type == "text":
         return None
     named = body.response_format.json_schema
     return constraint_of_schema({"type": "object"} if named is None else named.schema_)

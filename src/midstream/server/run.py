@@ -26,7 +26,6 @@ _LAST_BYTES_S = 5
 
 def serve(config: ServerConfig, *, progress: bool = False) -> None:
     """Load the model and its adapters and serve until a signal comes. Raises InputError for what cannot be served."""
-    _check(config)
     try:
         logs.set_up(config.log_file)
     except OSError as error:
@@ -105,12 +104,3 @@ class GracefulServer(uvicorn.Server):
         await asyncio.sleep(self._service.config.shutdown_timeout_s)
         log.warning("ending %d requests that did not finish in time", sum(self._service.open_requests.values()))
         await self._service.engine.aclose()
-
-
-def _check(config: ServerConfig) -> None:
-    for name in ("tls_cert", "tls_key"):
-        path = getattr(config, name)
-        if path is not None and not path.is_file():
-            raise InputError(f"{name}: there is no file {path}")
-    if config.adapter_dir is not None and not config.adapter_dir.is_dir():
-        raise InputError(f"adapter_dir: there is no folder {config.adapter_dir}")

@@ -14,6 +14,12 @@ from midstream.intrinsics.spec import load_contract
 from midstream.server.schemas import Sampling, StructuredOutputs
 from midstream.types import AdapterInfo, Choice, Constraint, Regex, SamplingParams
 
+# Where a schema holds schemas, by position and by name; and what an object says of properties that it does not name.
+_IN_SCHEMAS = frozenset({"items", "prefixItems", "anyOf", "oneOf"})
+_BY_NAME = frozenset({"properties", "$defs", "definitions"})
+_OTHERS = frozenset({"additionalProperties", "patternProperties", "unevaluatedProperties"})
+_COMBINED = frozenset({"allOf", "anyOf", "oneOf", "if", "$ref"})
+
 
 def defaults_of(adapter: AdapterInfo | None, *, max_tokens: int) -> SamplingParams:
     """What holds where a chat request says nothing: OpenAI's for the base model, its contract's for an adapter.
@@ -63,12 +69,19 @@ def max_tokens_of(asked: int | None, prompt_tokens: int, *, default: int, contex
 def _constraint(body: Sampling, default: Constraint | None) -> Constraint | None:
     if body.structured_outputs is not None:
         return _structured(body.structured_outputs)
+    if body.guided_json is not None:
+        return _schema("guided_json", body.guided_json)
     if body.response_format is None:
         return default
     if body.response_format.type == "text":
         return None
     named = body.response_format.json_schema
-    return constraint_of_schema({"type": "object"} if named is None else named.schema_)
+    if named is None:
+        return constraint_of_schema({"type": "object"})
+    try:
+        return constraint_of_schema(_closed(named.schema_) if named.strict else named.schema_)
+    except RecursionError as error:
+        raise ConstraintError("response_format.json_schema.schema is nested too deeply") from error
 
 
 def _structured(wanted: StructuredOutputs) -> Constraint:
@@ -78,12 +91,32 @@ def _structured(wanted: StructuredOutputs) -> Constraint:
         return Choice(options=tuple(wanted.choice))
     if wanted.regex is not None:
         return Regex(pattern=wanted.regex)
-    schema = {"type": "object"} if wanted.json_ is None else wanted.json_
+    return _schema("structured_outputs.json", {"type": "object"} if wanted.json_ is None else wanted.json_)
+
+
+def _schema(field: str, schema: dict[str, Any] | str) -> Constraint:
+    """The constraint of a schema, or of its text."""
     if isinstance(schema, str):
         try:
             schema = json.loads(schema)
         except (ValueError, RecursionError) as error:
-            raise ConstraintError(f"structured_outputs.json is no JSON: {error}") from error
+            raise ConstraintError(f"{field} is no JSON: {error}") from error
     if not isinstance(schema, dict):
-        raise ConstraintError("structured_outputs.json is not a JSON schema (an object)")
+        raise ConstraintError(f"{field} is not a JSON schema (an object)")
     return constraint_of_schema(schema)
+
+
+def _closed(schema: Any) -> Any:
+    """A schema whose objects have only properties that it names: where it is strict, OpenAI takes no other ones.
+
+    Objects that say themselves what else they have stay as they are, and so do those put together of several schemas.
+    """
+    if isinstance(schema, list):
+        return [_closed(each) for each in schema]
+    if not isinstance(schema, dict) or ("properties" in schema and schema.keys() & _COMBINED):
+        return schema
+    inner = {key: _closed(value) if key in _IN_SCHEMAS else value for key, value in schema.items()}
+    for key in _BY_NAME & inner.keys():
+        if isinstance(inner[key], dict):
+            inner[key] = {name: _closed(value) for name, value in inner[key].items()}
+    return {"additionalProperties": False, **inner} if "properties" in inner and not inner.keys() & _OTHERS else inner

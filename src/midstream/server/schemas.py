@@ -67,7 +67,7 @@ class StreamOptions(Part):
 
 
 class JsonSchemaFormat(Part):
-    """`strict` changes nothing: an answer is always held to its schema."""
+    """An answer is always held to its schema; with `strict`, its objects have no properties but those that it names."""
 
     name: str = "answer"
     description: str | None = None
@@ -118,6 +118,9 @@ class Sampling(Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = Field(
+        default=None, description="The older name of structured_outputs.json, which Mellea sends with texts."
+    )
     response_format: ResponseFormat | None = None
     # Taken because clients send them; only values that change nothing.
     frequency_penalty: Literal[0] | None = None
@@ -134,8 +137,9 @@ class Sampling(Body):
 
     @model_validator(mode="after")
     def _one_format(self) -> Self:
-        if self.structured_outputs and self.response_format and self.response_format.type != "text":
-            raise ValueError("response_format and structured_outputs exclude each other")
+        response_format = self.response_format and self.response_format.type != "text"
+        if sum(map(bool, (response_format, self.structured_outputs, self.guided_json is not None))) > 1:
+            raise ValueError("response_format, structured_outputs and guided_json exclude each other")
         return self
 
 

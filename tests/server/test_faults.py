@@ -20,7 +20,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from tests.helpers import tiny_llama
-from tests.server.running import Running, make_engine, running, settled
+from tests.server.running import ADAPTERS, Running, make_engine, running, settled
 from tests.tiny import tiny_engine
 
 

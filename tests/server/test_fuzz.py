@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::R
 def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     root = tmp_path_factory.mktemp("fuzzed")
     (root / "shelf").mkdir()
-    engine = make_engine(root / "start", max_context_tokens=512)
+    engine = make_engine(root / "start", max_context_tokens=96)
     with running(engine, default_max_tokens=4, admin_key="boss", adapter_dir=root / "shelf") as server:
         yield server
 
@@ -65,7 +65,7 @@ def _fuzz(operation: Any, mode: GenerationMode, cases: int, tried: Counter[str],
     @given(case=operation.as_strategy(generation_mode=mode))
     def send(case: Any) -> None:
         tried[operation.label] += 1
-        response = case.call(headers={"Authorization": "Bearer boss"})
+        response = case.call(timeout=120, headers={"Authorization": "Bearer boss"})
         statuses[response.status_code] += 1
         assert response.status_code < 500, response.text
         if response.status_code >= 400:

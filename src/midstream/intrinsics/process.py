@@ -10,7 +10,7 @@ from midstream.errors import OutputError
 from midstream.intrinsics.rewrite import tagged_of
 from midstream.intrinsics.sentences import Tagged
 from midstream.intrinsics.spec import Contract
-from midstream.intrinsics.transform import read_answer, transform
+from midstream.intrinsics.transform import read_answer, short, transform
 from midstream.intrinsics.wire import ChatReply, WireChoice, read
 
 
@@ -40,5 +40,5 @@ def _content(contract: Contract, choice: WireChoice, tagged: Tagged | None) -> s
     try:
         value = json.loads(answer.text)
     except (ValueError, RecursionError) as error:
-        raise OutputError(f"choice {choice.index} is not JSON: {error}; it is {answer.text!r}") from error
+        raise OutputError(f"choice {choice.index} is not JSON: {error}; it is {short(answer.text)}") from error
     return json.dumps(transform(value, contract, answer))

@@ -78,9 +78,10 @@ def judged(chat: Chat, adapter: AdapterInfo) -> Chat:
 
 def sampling_params(contract: Contract) -> SamplingParams:
     """How an intrinsic's answer is decoded. Raises ContractError where the contract's parameters are none of ours."""
-    given = {_PARAMETERS.get(key, key): value for key, value in (contract.parameters or {}).items()}
-    given |= given.pop("extra_body", {})
-    given.pop("chat_template_kwargs", None)  # these go to the template
+    named = {**(contract.parameters or {})}
+    named |= named.pop("extra_body", {})
+    named.pop("chat_template_kwargs", None)  # these go to the template
+    given = {_PARAMETERS.get(key, key): value for key, value in named.items() if value is not None}
     if isinstance(given.get("stop"), str):
         given["stop"] = (given["stop"],)
     if contract.needs_logprobs:

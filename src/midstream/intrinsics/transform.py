@@ -75,7 +75,7 @@ def _apply(rule: Transformation, index: int, value: Any, contract: Contract, ans
             value = put(value, path, operation(there, path))
     except _FAULTS as error:
         what = f"transformation {index} ({rule.type}) cannot be carried out at {place}"
-        raise OutputError(f"{what}: {error}; the value there is {_short(there)}") from error
+        raise OutputError(f"{what}: {error}; the value there is {short(there)}") from error
     return value
 
 
@@ -136,6 +136,7 @@ def _put_beside(value: Any, path: Path, fields: dict[str, Any]) -> Any:
     return replace(value, path[:-1], {**parent, **fields})
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value as a message shows it."""
     shown = repr(value)
     return shown if len(shown) <= 300 else f"{shown[:300]}…"

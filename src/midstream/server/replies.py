@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from midstream.errors import InputError, MidstreamError
+from midstream.errors import InputError, MidstreamError, PromptTooLong
 from midstream.intrinsics import IntrinsicResult
 from midstream.types import Completion, Delta, TokenLogprob, Usage
 
@@ -148,8 +148,10 @@ def intrinsic_result(result: IntrinsicResult) -> dict[str, Any]:
 def error_object(error: MidstreamError, param: str | None = None) -> dict[str, Any]:
     """OpenAI's error object."""
     default = "invalid_request_error" if isinstance(error, InputError) or error.status < 500 else "server_error"
+    # OpenAI's client shows the message alone, and what is built on it looks for this code there.
+    code = f" ({error.code})" if isinstance(error, PromptTooLong) else ""
     return {
-        "message": str(error),
+        "message": f"{error}{code}",
         "type": _TYPES.get(error.status, default),
         "param": param,
         "code": error.code,

@@ -19,7 +19,8 @@ async function load() {
     const base = models.data[0];
     baseModel = base.id;
     byId("model").textContent = `${base.id}, context of ${count(base.max_model_len)} tokens`;
-    setOwners(intrinsics.data.map((intrinsic) => intrinsic.name));
+    const [plain, activated] = [(info) => info.kind === "lora", (info) => info.kind !== "lora"];
+    setOwners([...intrinsics.data.filter(activated), ...intrinsics.data.filter(plain)].map((info) => info.name));
     setIntrinsics(intrinsics.data);
     notice(null);
     resume();

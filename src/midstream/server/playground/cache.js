@@ -120,13 +120,14 @@ function drawTree({ nodes, truncated }) {
   const { placed, rows, width } = layout(nodes);
   const present = new Set();
   for (const place of placed) {
-    present.add(place.node.id);
-    drawNode(place, width);
+    const key = keyOf(place, present);
+    present.add(key);
+    drawNode(key, place, width);
   }
-  for (const [id, bar] of bars) {
-    if (present.has(id)) continue;
-    bar.root.remove();
-    bars.delete(id);
+  for (const [key, bar] of bars) {
+    if (present.has(key)) continue;
+    bar.remove();
+    bars.delete(key);
   }
   view.tree.style.setProperty("--rows", rows);
   view.treeBox.hidden = !rows;
@@ -134,19 +135,27 @@ function drawTree({ nodes, truncated }) {
   view.treeNote.textContent = treeText(nodes) + (truncated ? " Not all nodes are shown." : "");
 }
 
-/** Bars keep their element from reading to reading, so that the style sheet can let them move. */
-function drawNode({ node, start, row, from }, width) {
-  const bar = bars.get(node.id) ?? makeBar(node.id);
-  bar.root.className = `node ${ownerClass(node.owner)}${node.held ? " held" : ""}${from === null ? "" : " hangs"}`;
-  bar.root.title = `${ownerName(node.owner)}: ${plural(node.tokens, "token")}${node.held ? ", held by a request" : ""}`;
-  const place = { "--at": start / width, "--wide": node.tokens / width, "--row": row, "--drop": row - (from ?? row) };
-  for (const [name, value] of Object.entries(place)) bar.root.style.setProperty(name, value);
+/** Which bar is which from reading to reading. Ids are of one reading only: the tree is numbered anew each time. */
+function keyOf({ node, start }, taken) {
+  for (let nth = 0; ; nth += 1) {
+    const key = `${start} ${nth} ${node.owner ?? ""}`;
+    if (!taken.has(key)) return key;
+  }
 }
 
-function makeBar(id) {
-  const bar = { root: el("div") };
-  bars.set(id, bar);
-  view.tree.append(bar.root);
+/** Bars keep their element from reading to reading, so that the style sheet can let them move. */
+function drawNode(key, { node, start, row, from }, width) {
+  const bar = bars.get(key) ?? makeBar(key);
+  bar.className = `node ${ownerClass(node.owner)}${node.held ? " held" : ""}${from === null ? "" : " hangs"}`;
+  bar.title = `${ownerName(node.owner)}: ${plural(node.tokens, "token")}${node.held ? ", held by a request" : ""}`;
+  const place = { "--at": start / width, "--wide": node.tokens / width, "--row": row, "--drop": row - (from ?? row) };
+  for (const [name, value] of Object.entries(place)) bar.style.setProperty(name, value);
+}
+
+function makeBar(key) {
+  const bar = el("div");
+  bars.set(key, bar);
+  view.tree.append(bar);
   return bar;
 }
 

@@ -102,7 +102,7 @@ function request() {
     model: hooks.model(),
     messages: wire(),
     temperature: numberIn("temperature", 0),
-    max_tokens: numberIn("max-tokens", 200),
+    max_tokens: numberIn("max-tokens", 120),
     stream: true,
     stream_options: { include_usage: true },
   };

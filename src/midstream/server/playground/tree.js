@@ -11,6 +11,9 @@ export function layout(nodes) {
     const parent = ids.has(node.parent) ? node.parent : ALONE;
     children.set(parent, [...(children.get(parent) ?? []), node]);
   }
+  const reach = reaches(nodes, children);
+  const before = (a, b) => reach.get(b.id) - reach.get(a.id);
+  for (const siblings of children.values()) siblings.sort(before);
   const placed = [];
   const taken = [];
   for (const root of children.get(ALONE) ?? []) {
@@ -19,7 +22,18 @@ export function layout(nodes) {
   return { placed, rows: taken.length, width: Math.max(1, ...placed.map(({ start, node }) => start + node.tokens)) };
 }
 
-/** A node with the children that go on in its row, then the branches of all of them, the rightmost first, so that no
+/** How many tokens the longest way through and below each node has. */
+function reaches(nodes, children) {
+  const reach = new Map();
+  // Parents come before children, so that from the end each node finds its children done.
+  for (const node of nodes.toReversed()) {
+    const below = (children.get(node.id) ?? []).map((child) => reach.get(child.id) ?? 0);
+    reach.set(node.id, node.tokens + Math.max(0, ...below));
+  }
+  return reach;
+}
+
+/** A node with the longest way below it in one row, then the branches of all of them, the rightmost first, so that no
  * line to a branch has to cross a bar. */
 function placeChain(first, children, placed, taken) {
   const pending = [first];
@@ -42,17 +56,11 @@ function chainOf(root, start, children) {
   for (let node = root; node; ) {
     chain.push({ node, start: end });
     end += node.tokens;
-    const below = [...(children.get(node.id) ?? [])].sort((a, b) => heir(a, node) - heir(b, node));
-    const [next, ...others] = below;
+    const [next, ...others] = children.get(node.id) ?? [];
     branches.push(...others.map((other) => [other, end]));
     node = next;
   }
   return { chain, branches, end };
-}
-
-/** The smallest goes on in the row: the same owner before others, then the longest. */
-function heir(node, parent) {
-  return (node.owner === parent.owner ? 0 : 1e9) - node.tokens;
 }
 
 function freeRow(taken, first, start, end) {

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from midstream.cli.serve import settings_table
+
 ROOT = Path(__file__).parents[1]
 TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
 
@@ -37,6 +39,12 @@ def test_every_command_of_the_tutorial_works_on_a_cut_down_file(tmp_path: Path) 
     assert "ticket_queue-lora" in printed[4]
     (example,) = re.findall(r"```python\n(.*?)```", TUTORIAL, re.S)
     assert "'billing'" in run([sys.executable, "-c", example], tmp_path)
+
+
+def test_the_servers_settings_are_those_of_the_program() -> None:
+    text = (ROOT / "docs" / "server.md").read_text(encoding="utf-8")
+    (table,) = re.findall(r"<!-- settings -->\n(.*?)\n<!-- /settings -->", text, re.S)
+    assert table == settings_table()
 
 
 def test_the_tutorials_rows_are_as_it_says() -> None:

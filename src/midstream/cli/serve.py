@@ -51,6 +51,15 @@ def read_settings(file: Path | None, given: Mapping[str, Any]) -> ServerConfig:
         raise InputError(wrong) from error
 
 
+def settings_table() -> str:
+    """All settings as a Markdown table, for docs/server.md."""
+    lines = ["| flag | what |", "|---|---|", "| `--config FILE` | YAML file with any of these settings |"]
+    for name, field in ServerConfig.model_fields.items():
+        kind, many = _plain(field.annotation)
+        lines.append(f"| `{_flag(name, many)}` | {_help(field, kind)} |")
+    return "\n".join(lines)
+
+
 def _file(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -63,11 +72,15 @@ def _file(path: Path) -> dict[str, Any]:
 
 def _option(name: str, field: FieldInfo) -> inspect.Parameter:
     kind, many = _plain(field.annotation)
-    flag = "--" + (name.removesuffix("s") if many else name).replace("_", "-")
+    flag = _flag(name, many)
     flags = (flag, flag.replace("--", "--no-", 1)) if kind is bool else (flag,)
     declared = "/".join(flags)
     option = typer.Option(declared, envvar=f"MIDSTREAM_SERVE_{name.upper()}", help=_help(field, kind))
     return _parameter(name, Annotated[list[kind] | None if many else kind | None, option])  # type: ignore[valid-type]
+
+
+def _flag(name: str, many: bool) -> str:
+    return "--" + (name.removesuffix("s") if many else name).replace("_", "-")
 
 
 def _parameter(name: str, annotation: Any) -> inspect.Parameter:

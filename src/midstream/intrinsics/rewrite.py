@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from midstream.errors import InputError
 from midstream.intrinsics.sentences import Passage, Tagged, tag
-from midstream.intrinsics.spec import Contract
+from midstream.intrinsics.spec import Contract, Source
 from midstream.intrinsics.wire import ChatBody, ExtraBody, ordered, read
 from midstream.types import Chat, Document, Message
 
@@ -32,17 +32,8 @@ def rewrite_chat(chat: Chat, contract: Contract) -> tuple[Chat, Tagged]:
 
     The documents are those of the turns in their order, then the chat's own. The instruction is not added here.
     """
-    tags = contract.sentence_boundaries or {}
-    if "last_message" in tags:
-        last = chat.messages[-1]
-        (content,) = tag([last.content], tags["last_message"])
-        last = last.model_copy(update={"content": content})
-        chat = chat.model_copy(update={"messages": (*chat.messages[:-1], last)})
-    documents = [*(document for message in chat.messages for document in message.documents), *chat.documents]
-    if "documents" in tags and documents:
-        texts = tag([document.text for document in documents], tags["documents"])
-        documents = [old.model_copy(update={"text": text}) for old, text in zip(documents, texts, strict=True)]
-        chat = _with_documents(chat, documents)
+    chat = _tag_chat(chat, contract.sentence_boundaries or {})
+    documents = _documents_of(chat)
     passages = tuple(Passage(document.text, document.doc_id or None) for document in documents)
     tagged = Tagged(chat.messages[-1].content, passages)
     if contract.docs_as_message and documents:
@@ -53,6 +44,24 @@ def rewrite_chat(chat: Chat, contract: Contract) -> tuple[Chat, Tagged]:
         arguments = {**chat.template_arguments, **contract.template_arguments}
         chat = chat.model_copy(update={"template_arguments": arguments})
     return chat, tagged
+
+
+def _tag_chat(chat: Chat, tags: Mapping[Source, str]) -> Chat:
+    if "last_message" in tags:
+        last = chat.messages[-1]
+        (content,) = tag([last.content], tags["last_message"])
+        last = last.model_copy(update={"content": content})
+        chat = chat.model_copy(update={"messages": (*chat.messages[:-1], last)})
+    if "documents" in tags:
+        documents = _documents_of(chat)
+        texts = tag([document.text for document in documents], tags["documents"])
+        renewed = [old.model_copy(update={"text": text}) for old, text in zip(documents, texts, strict=True)]
+        chat = _with_documents(chat, renewed)
+    return chat
+
+
+def _documents_of(chat: Chat) -> list[Document]:
+    return [*(document for message in chat.messages for document in message.documents), *chat.documents]
 
 
 def _with_documents(chat: Chat, documents: Sequence[Document]) -> Chat:

@@ -78,7 +78,7 @@ TALK = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": 
 
 def test_a_chat_of_two_turns(backend: OpenAIBackend) -> None:
     session = MelleaSession(backend, ChatContext())
-    assert session.chat("hello there", model_options=BRIEF).role == "assistant"
+    assert session.chat("good morning to you", model_options=BRIEF).role == "assistant"
     session.chat("and again", documents=[Document(PASSAGE, doc_id="1")], model_options=BRIEF)
     assert len(session.ctx.as_list()) == 4
 

@@ -17,7 +17,7 @@ from tests.helpers import tiny_llama
 from tests.server.running import Running, running
 from tests.tiny import tiny_engine
 
-CHAT: list[ChatCompletionMessageParam] = [{"role": "user", "content": "hello there"}]
+CHAT: list[ChatCompletionMessageParam] = [{"role": "user", "content": "good morning to you"}]
 EIGHT: dict[str, Any] = {"model": "tiny", "messages": CHAT, "max_completion_tokens": 8, "temperature": 0}
 # A random model seldom ends by itself; these answers are to have all their tokens.
 WHOLE: dict[str, Any] = {**EIGHT, "extra_body": {"ignore_eos": True}}

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ from typing import Any
 
 import httpx
 import pytest
+import trustme
 
 from tests.helpers import tiny_llama
 from tests.server.running import write_adapters
@@ -162,8 +164,12 @@ def test_wrong_settings_are_one_line(folder: Path, flags: list[str], hint: str) 
 
 def test_tls(folder: Path, tmp_path: Path) -> None:
     certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
-    subprocess.run([*made, "-keyout", str(key), "-out", str(certificate)], check=True, capture_output=True)
+    authority = trustme.CA()
+    issued = authority.issue_cert("localhost")
+    issued.cert_chain_pems[0].write_to_path(certificate)
+    issued.private_key_pem.write_to_path(key)
+    trusted = ssl.create_default_context()
+    authority.configure_trust(trusted)
     port = free_port()
     command = [sys.executable, "-m", "midstream.cli.main", "serve", "--model", str(folder / "tiny"), "--no-library"]
     flags = ["--port", str(port), "--tls-cert", str(certificate), "--tls-key", str(key)]
@@ -171,7 +177,7 @@ def test_tls(folder: Path, tmp_path: Path) -> None:
     try:
         for _ in range(600):
             try:
-                found = httpx.get(f"https://localhost:{port}/health", verify=False)
+                found = httpx.get(f"https://localhost:{port}/health", verify=trusted)
                 break
             except httpx.TransportError:
                 time.sleep(0.1)

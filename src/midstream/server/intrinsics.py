@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from string import Formatter
 from typing import Any
 
 from fastapi import APIRouter
@@ -60,7 +59,6 @@ def routes(service: Service) -> APIRouter:
 
 def _described(info: AdapterInfo) -> dict[str, Any]:
     contract = load_contract(info)
-    fields = Formatter().parse(contract.instruction or "")
     options = contract.options()
     return {
         "object": "intrinsic",
@@ -69,7 +67,7 @@ def _described(info: AdapterInfo) -> dict[str, Any]:
         "rank": info.rank,
         "digest": info.digest,
         "reads": info.metadata.get("reads", "any"),
-        "arguments": sorted({field for _, field, _, _ in fields if field} - {"last_message"}),
+        "arguments": sorted(contract.arguments),
         "labels": list(options) or None,
         "response_format": contract.json_schema,
         "invocation_text": info.invocation_text,

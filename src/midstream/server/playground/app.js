@@ -11,7 +11,10 @@ import { setOwners } from "./owners.js";
 import { cellsOf, planOf } from "./prompt.js";
 import { clearStrip, drawStrip, startStrip, stripProblem } from "./strip.js";
 
+const RETRY_MS = 3000;
+
 let baseModel = null;
+let lost = false;
 
 async function load() {
   try {
@@ -27,6 +30,7 @@ async function load() {
   } catch (error) {
     byId("model").textContent = "not connected";
     failed(error);
+    if (error.status === 0) setTimeout(load, RETRY_MS);
   }
 }
 
@@ -37,8 +41,16 @@ function failed(error) {
     byId("settings").open = true;
     byId("key").focus();
   } else if (error.status === 0 || baseModel === null) {
+    lost = error.status === 0;
     notice(error.message);
   }
+}
+
+/** The server answered: what was said about losing it no longer holds. */
+function measured(secondsPerToken) {
+  setRate(secondsPerToken);
+  if (lost) notice(null);
+  lost = false;
 }
 
 function notice(message) {
@@ -86,6 +98,7 @@ function startSettings() {
   });
   byId("settings").addEventListener("keydown", (event) => {
     if (event.key !== "Escape") return;
+    event.stopPropagation();
     byId("settings").open = false;
     byId("settings").querySelector("summary").focus();
   });
@@ -95,7 +108,7 @@ startSettings();
 startDocuments();
 startStrip();
 startCalls({ chosen: drawGroup });
-startCache({ measured: setRate, failed });
+startCache({ measured, failed });
 startIntrinsics({ called, failed });
 startChat({
   model: () => baseModel,

@@ -65,7 +65,7 @@ function redraw() {
   byId("figures").replaceChildren(figures(shown));
   const saved = totals.prompt - totals.computed;
   byId("sum").textContent =
-    `${plural(totals.calls, "call")} so far: ${count(totals.computed)} tokens computed, ` +
+    `${plural(totals.calls, "call")} so far: ${plural(totals.computed, "token")} computed, ` +
     `${count(saved)} saved${aboutTime(saved)}. Choose one to see its tokens.`;
   byId("estimate").hidden = false;
   byId("estimate").textContent = explanation();

@@ -15,7 +15,9 @@ export function startStrip() {
     asText = !asText;
     byId("as-text").setAttribute("aria-pressed", String(asText));
     byId("as-text").textContent = asText ? "Show as cells" : "Show as text";
-    byId("strip").querySelector(".drawing")?.classList.toggle("as-text", asText);
+    const drawing = byId("strip").querySelector(".drawing");
+    drawing?.classList.toggle("as-text", asText);
+    showEnd(drawing);
   });
 }
 
@@ -40,6 +42,12 @@ export function drawStrip(plan) {
   drawing.addEventListener("pointerover", pick);
   drawing.addEventListener("pointerdown", pick);
   byId("strip").append(drawing, inspector(), legend());
+  showEnd(drawing);
+}
+
+/** As text, a prompt is higher than its box; what was computed is usually at its end. */
+function showEnd(drawing) {
+  if (asText && drawing) drawing.scrollTop = drawing.scrollHeight;
 }
 
 function row(some, start) {
@@ -104,7 +112,10 @@ function select(index) {
 /** A slider walks through the tokens with the arrow keys; the pointer does the same on the cells. */
 function inspector() {
   const slider = el("input", { id: "inspect", type: "range", min: 0, max: cells.length - 1, value: 0 });
-  slider.addEventListener("input", () => select(slider.valueAsNumber));
+  slider.addEventListener("input", () => {
+    select(slider.valueAsNumber);
+    selected.scrollIntoView({ block: "nearest" });
+  });
   return el(
     "div",
     { class: "inspector" },

@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from playwright.sync_api import Browser, Locator, Page, sync_playwright
 
@@ -90,10 +91,68 @@ class Playground:
         text = self.page.evaluate(script, f"--{name}")
         return tuple(int(text[at : at + 2], 16) / 255 for at in (1, 3, 5))
 
+    @staticmethod
+    def box(locator: Locator) -> dict[str, float]:
+        """Where an element is on the page, and its size."""
+        box = locator.bounding_box()
+        assert box
+        return dict(box)
+
     def width(self) -> tuple[int, int]:
         """Width of the document and of the window."""
         wide, window = self.page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
         return wide, window
+
+    def focus(self) -> tuple[str, str]:
+        """The name of what has the focus (BODY: nothing has), and the style of its outline."""
+        name, outline = self.page.evaluate(
+            """(() => {
+                const e = document.activeElement;
+                const name = e.id || e.getAttribute("aria-label") || e.className || e.textContent.trim();
+                return [e === document.body ? "BODY" : name, getComputedStyle(e).outlineStyle];
+            })()"""
+        )
+        return name, outline
+
+    def expect_failed_requests(self, count: int) -> None:
+        """The browser itself notes each failed request in the console."""
+        assert len(self.problems) == count
+        assert all("Failed to load resource" in problem for problem in self.problems)
+        self.problems.clear()
+
+
+def save_screenshot(playground: Playground, path: str) -> None:
+    """A conversation as one would show it: an answer over a passage, then all intrinsics at once."""
+    page = playground.page
+    page.set_default_timeout(300_000)
+    page.locator(".opening").first.click()
+    page.keyboard.press("Enter")
+    playground.answered()
+    playground.drawn("answer")
+    playground.run_all()
+    playground.drawn("intrinsics at once")
+    page.locator(".cell").last.hover()
+    page.mouse.move(0, 0)
+    page.wait_for_timeout(2500)  # the cache's bars have come to rest
+    page.screenshot(path=path, full_page=True)
+
+
+def tree_of_turns(turns: int, first_id: int = 1) -> list[dict[str, Any]]:
+    """A conversation as the cache lists it: a trunk, at each turn of which three adapters hang."""
+    nodes: list[dict[str, Any]] = []
+
+    def grow(parent: int, tokens: int, owner: str | None = None) -> int:
+        number = first_id + len(nodes)
+        nodes.append({"id": number, "parent": parent, "tokens": tokens, "owner": owner, "held": False})
+        return number
+
+    trunk = 0
+    for turn in range(turns):
+        trunk = grow(trunk, 40 + 7 * turn)
+        for name in ("jailbreak", "answerability", "certainty"):
+            grow(grow(trunk, 4, name), 3, name)
+        grow(trunk, 90)
+    return nodes
 
 
 def number(text: str) -> int:

@@ -13,9 +13,9 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Route, expect
+from playwright.sync_api import Browser, BrowserContext, expect
 
-from tests.server.browser import CHROMIUM, Playground, contrast, launched, number
+from tests.server.browser import CHROMIUM, Playground, contrast, launched, number, save_screenshot, tree_of_turns
 from tests.server.running import Running, make_engine, running
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: apt-get install chromium")
@@ -104,19 +104,13 @@ def test_an_intrinsic_shows_its_result_its_probabilities_and_who_owns_which_toke
     shares = [float(share) for share in row.locator(".bar-number").all_inner_texts()]
     assert len(shares) == 2
     assert sum(shares) == pytest.approx(1, abs=0.02)
-    wide = [box["width"] for box in map(_box, row.locator(".fill").all())]
+    wide = [box["width"] for box in map(Playground.box, row.locator(".fill").all())]
     assert (wide[0] > wide[1]) == (shares[0] > shares[1])
     invoked = [cell.text_content() for cell in chat.page.locator(".drawing .cell:not(.owner-base)").all()]
     assert "".join(map(str, invoked)) == "<|im_start|>jailbreak\n"
     assert chat.figure("computed") <= len(invoked)
     assert chat.figure("plain") == chat.figure("prompt") == chat.cells()
     expect(chat.page.locator('[data-figure="plain"] dt')).to_have_text("A plain LoRA would compute")
-
-
-def _box(locator: Any) -> dict[str, float]:
-    box = locator.bounding_box()
-    assert box
-    return dict(box)
 
 
 def test_all_intrinsics_at_once_share_one_prefix(chat: Playground) -> None:
@@ -203,7 +197,7 @@ def test_errors_are_shown_where_they_happen(chat: Playground) -> None:
     expect(chat.page.locator("#message")).to_have_value("Does this fit?")
     expect(chat.page.locator("#attached li")).to_have_count(1)
     expect(chat.page.locator(".turn")).to_have_count(2)
-    _expect_failed_requests(chat, 2)
+    chat.expect_failed_requests(2)
 
 
 def test_a_server_that_is_gone_is_named_until_it_is_back(chat: Playground) -> None:
@@ -218,26 +212,16 @@ def test_a_server_that_is_gone_is_named_until_it_is_back(chat: Playground) -> No
 
 
 def test_a_cache_that_may_not_be_seen_is_hidden(visit: Open) -> None:
-    def refuse(route: Route) -> None:
-        body = {"error": {"message": "no", "type": "permission_error", "param": None, "code": "permission_denied"}}
-        route.fulfill(status=403, json=body)
-
     chat = visit().connected()
-    chat.page.route("**/v1/cache", refuse)
+    error = {"message": "no", "type": "permission_error", "param": None, "code": "permission_denied"}
+    chat.page.route("**/v1/cache", lambda route: route.fulfill(status=403, json={"error": error}))
     chat.page.reload()
     expect(chat.page.locator("#cache-note")).to_contain_text("does not show its cache")
     expect(chat.page.locator("#cache")).to_be_hidden()
     chat.ask("Hello")
     chat.drawn("answer")
     expect(chat.page.locator('[data-figure="saved"]')).not_to_contain_text("about")
-    _expect_failed_requests(chat, 1)
-
-
-def _expect_failed_requests(chat: Playground, count: int) -> None:
-    """The browser itself notes each failed request in the console."""
-    assert len(chat.problems) == count
-    assert all("Failed to load resource" in problem for problem in chat.problems)
-    chat.problems.clear()
+    chat.expect_failed_requests(1)
 
 
 def test_an_api_key_is_asked_for_and_used(visit: Open, guarded: Running) -> None:
@@ -296,15 +280,10 @@ def test_an_opening_brings_its_passages(visit: Open) -> None:
 def test_the_keyboard_is_enough(chat: Playground) -> None:
     page = chat.page
     reached = set()
-    focused = """(() => {
-        const e = document.activeElement;
-        const name = e.id || e.getAttribute("aria-label") || e.className || e.textContent.trim();
-        return [e === document.body ? "BODY" : name, getComputedStyle(e).outlineStyle];
-    })()"""
     page.locator("body").evaluate("body => { document.activeElement.blur(); body.focus(); }")
     for _ in range(60):
         page.keyboard.press("Tab")
-        name, outline = page.evaluate(focused)
+        name, outline = chat.focus()
         reached.add(name)
         assert outline != "none" or name == "BODY", f"the focus on {name} cannot be seen"
     wanted = {"fresh", "Settings", "log", "Add documents", "message", "send", "run-all", "Run jailbreak", "as-text"}
@@ -351,9 +330,8 @@ def test_colours_can_be_told_apart(visit: Open, scheme: str) -> None:
     for ground in grounds:
         assert contrast(chat.color("text"), ground) >= 7
         assert contrast(chat.color("muted"), ground) >= 4.5
-    assert contrast(chat.color("danger"), chat.color("danger-bg")) >= 4.5
-    assert contrast(chat.color("danger"), chat.color("surface")) >= 4.5
-    assert contrast(chat.color("on-ink"), chat.color("ink")) >= 4.5
+    for one, other in (("danger", "danger-bg"), ("danger", "surface"), ("on-ink", "ink")):
+        assert contrast(chat.color(one), chat.color(other)) >= 4.5
     assert contrast(chat.color("field-line"), chat.color("surface")) >= 3
     for owner in ("base", *range(1, 9)):
         # Computed tokens carry text in the colour of the surface.
@@ -379,8 +357,8 @@ def test_a_strip_of_three_thousand_tokens_fits(visit: Open) -> None:
     chat.page.evaluate(
         """async () => {
             const { drawStrip } = await import("/playground/strip.js");
-            const cells = Array.from({ length: 3000 }, (_, id) => (
-                { id, text: " wall", owner: id < 2990 ? null : "jailbreak", reused: id < 2991 }));
+            const cell = (_, id) => ({ id, text: " a", owner: id < 2990 ? null : "jailbreak", reused: id < 2991 });
+            const cells = Array.from({ length: 3000 }, cell);
             drawStrip({ calls: [{ label: "jailbreak", owner: "jailbreak" }], cells, children: [] });
         }"""
     )
@@ -388,25 +366,12 @@ def test_a_strip_of_three_thousand_tokens_fits(visit: Open) -> None:
     assert chat.cells("computed") == 9
     assert chat.width() == (360, 360)
     drawing = chat.page.locator(".drawing")
-    assert _box(drawing)["height"] < 700
+    assert Playground.box(drawing)["height"] < 700
     assert drawing.get_attribute("aria-label") == "3,000 tokens, 2,991 of them reused"
 
 
 def test_bars_of_the_tree_never_overlap(visit: Open) -> None:
-    """A trunk of turns, with adapters that hang at each, and a second conversation."""
-    nodes: list[dict[str, Any]] = []
-
-    def grow(parent: int, tokens: int, owner: str | None = None) -> int:
-        nodes.append({"id": len(nodes) + 1, "parent": parent, "tokens": tokens, "owner": owner, "held": False})
-        return len(nodes)
-
-    for depth in (12, 5):
-        trunk = 0
-        for turn in range(depth):
-            trunk = grow(trunk, 40 + 7 * turn)
-            for name in ("jailbreak", "answerability", "certainty"):
-                grow(grow(trunk, 4, name), 3, name)
-            grow(trunk, 90)
+    nodes = tree_of_turns(12) + tree_of_turns(5, first_id=1000)
     script = 'async nodes => (await import("/playground/tree.js")).layout(nodes)'
     drawn = visit().connected().page.evaluate(script, nodes)
     assert len(drawn["placed"]) == len(nodes)
@@ -419,22 +384,6 @@ def test_bars_of_the_tree_never_overlap(visit: Open) -> None:
         assert all(one[1] <= other[0] for one, other in pairwise(ordered))
     # Branches share rows: far fewer than one for each.
     assert drawn["rows"] == len(bars) < 40
-
-
-def save_screenshot(playground: Playground, path: str) -> None:
-    """A conversation as one would show it: an answer over a passage, then all intrinsics at once."""
-    page = playground.page
-    page.set_default_timeout(300_000)
-    page.locator(".opening").first.click()
-    page.keyboard.press("Enter")
-    playground.answered()
-    playground.drawn("answer")
-    playground.run_all()
-    playground.drawn("intrinsics at once")
-    page.locator(".cell").last.hover()
-    page.mouse.move(0, 0)
-    page.wait_for_timeout(2500)  # the cache's bars have come to rest
-    page.screenshot(path=path, full_page=True)
 
 
 @pytest.mark.skipif("MIDSTREAM_SCREENSHOT" not in os.environ, reason="MIDSTREAM_SCREENSHOT names no path")

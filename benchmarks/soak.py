@@ -21,7 +21,7 @@ import psutil
 import uvicorn
 
 from benchmarks.common import machine, write
-from midstream.config import ServerConfig
+from midstream.config import EngineConfig, ServerConfig
 from midstream.engine.engine import AsyncEngine
 from midstream.library import library_adapters
 from midstream.models.source import DEFAULT_MODEL
@@ -35,13 +35,16 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--conversations", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument(
+        "--kv-mib", type=int, default=96, help="small, so that the cache is full and evicts from early on"
+    )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     write(arguments.json, {"machine": machine(), **asyncio.run(soak(arguments))})
 
 
 async def soak(arguments: argparse.Namespace) -> dict[str, Any]:
-    engine = AsyncEngine.load(arguments.model)
+    engine = AsyncEngine.load(arguments.model, config=EngineConfig(kv_budget_bytes=arguments.kv_mib * 2**20))
     for folder in library_adapters(engine.model_name):
         await engine.load_adapter(folder)
     names = [None, *(info.name for info in engine.adapter_infos() if info.kind == "alora")]
@@ -69,6 +72,7 @@ async def soak(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "clients": arguments.clients,
         "seconds": arguments.seconds,
+        "kv_mib": arguments.kv_mib,
         "outcomes": dict(counts),
         "rss_before_mb": before // 2**20,
         "rss_after_mb": after // 2**20,

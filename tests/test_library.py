@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from midstream import intrinsics
 from midstream.evaluation.catalogue import markdown, read_entries
 from midstream.intrinsics import IntrinsicResult
 from midstream.library import library_folder
@@ -156,3 +157,18 @@ def test_answerability_tells_the_right_passage_from_a_wrong_one(engine: Engine) 
         talk.user(question, [PASSAGE])
         shares.append((talk.call("answerability").probabilities or {})["answerable"])
     assert shares[0] > shares[1] + 0.2
+
+
+def test_each_is_a_typed_function(engine: Engine) -> None:
+    question = Message(role="user", content="When was the Lizard lighthouse completed?", documents=(PASSAGE,))
+    answer = Message(role="assistant", content="The Lizard lighthouse was completed in 1752.")
+    asked, answered = Chat(messages=(question,)), Chat(messages=(question, answer))
+    run, aio = engine.portal.run, engine.aio
+    assert "lighthouse" in run(intrinsics.query_rewrite(aio, asked)).question.lower()
+    assert 0 < run(intrinsics.answerability(aio, asked)).probability < 1
+    assert not run(intrinsics.jailbreak(aio, asked)).jailbreak
+    assert run(intrinsics.hallucination(aio, answered)).grounded
+    assert 0.05 <= run(intrinsics.certainty(aio, answered)).certainty <= 0.95
+    checked = run(intrinsics.requirement_check(aio, answered, "Answer in one sentence."))
+    assert checked.met == (checked.probability >= 0.5)
+    assert checked.call.usage.cached_tokens >= 100

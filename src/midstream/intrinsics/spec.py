@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -245,9 +246,14 @@ def load_contract(adapter: AdapterInfo) -> Contract:
     """The contract that an adapter was loaded with. Raises ContractError that names the file and all that is wrong."""
     if adapter.contract is None:
         return Contract()
-    path = Path(adapter.path) / "io.yaml"
+    return parse_contract(adapter.contract, str(Path(adapter.path) / "io.yaml"))
+
+
+@functools.lru_cache(maxsize=256)
+def parse_contract(text: str, path: str) -> Contract:
+    """A contract from the text of an io.yaml; `path` is for the messages of ContractError."""
     try:
-        contract = Contract.model_validate(yaml.safe_load(adapter.contract))
+        contract = Contract.model_validate(yaml.safe_load(text))
     except yaml.YAMLError as error:
         raise ContractError(f"{path} cannot be read: {error}".replace("\n", " ")) from error
     except ValidationError as error:

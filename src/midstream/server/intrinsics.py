@@ -25,8 +25,9 @@ def routes(service: Service) -> APIRouter:
 
     @router.get("/v1/intrinsics")
     async def list_intrinsics() -> dict[str, Any]:
-        """What can be called, what it judges and which arguments it takes."""
-        return {"object": "list", "data": [_described(info) for info in service.engine.adapter_infos()]}
+        """What can be called, what it judges and which arguments it takes. A plain LoRA needs a text that calls it."""
+        callable_ones = [i for i in service.engine.adapter_infos() if i.invocation_tokens or i.invocation_text]
+        return {"object": "list", "data": [_described(info) for info in callable_ones]}
 
     @router.post("/v1/intrinsics")
     async def fan_out(body: FanOutBody, http: HttpRequest) -> Response:

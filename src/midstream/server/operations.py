@@ -18,6 +18,8 @@ from midstream.server.service import Exchange, Service
 
 _PLAYGROUND = Path(__file__).parent / "playground"
 _MAX_NODES = 500
+# A page from the version before would speak to this one's interface.
+_REVALIDATE = {"Cache-Control": "no-cache"}
 
 
 def routes(service: Service) -> APIRouter:
@@ -88,13 +90,13 @@ def _add_playground(router: APIRouter) -> None:
 
     @router.get("/", include_in_schema=False)
     async def page() -> Response:
-        return FileResponse(files["index.html"])
+        return FileResponse(files["index.html"], headers=_REVALIDATE)
 
     @router.get("/playground/{name}", include_in_schema=False)
     async def file(name: str) -> Response:
         if name not in files:
             raise ModelNotFound(f"the playground has no file {name!r}")
-        return FileResponse(files[name])
+        return FileResponse(files[name], headers=_REVALIDATE)
 
 
 def _tokens(service: Service, body: TokenizeBody) -> tuple[int, ...]:

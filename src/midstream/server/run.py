@@ -16,6 +16,7 @@ from midstream.errors import InputError
 from midstream.library import library_adapters
 from midstream.server import logs, tracing
 from midstream.server.app import create_app
+from midstream.server.models import load_with_contract
 from midstream.server.service import Service
 
 log = logging.getLogger("midstream.server")
@@ -65,10 +66,10 @@ async def _serve(engine: AsyncEngine, config: ServerConfig) -> None:
 async def load_adapters(engine: AsyncEngine, config: ServerConfig) -> None:
     """The library's adapters, then those that were named."""
     for folder in library_adapters(engine.model_name) if config.library else []:
-        await engine.load_adapter(folder)
+        await load_with_contract(engine, folder)
     for named in config.adapters:
         name, _, folder_text = named.rpartition("=")
-        await engine.load_adapter(Path(folder_text), name=name or None)
+        await load_with_contract(engine, Path(folder_text), name or None)
 
 
 class GracefulServer(uvicorn.Server):

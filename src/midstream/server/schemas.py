@@ -157,6 +157,7 @@ class ChatBody(Sampling):
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool = True
     modalities: list[Literal["text"]] | None = None
+    reasoning_effort: Literal["none"] | None = None
 
 
 class TextBody(Sampling):

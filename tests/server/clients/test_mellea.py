@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import openai
 import pytest
 from mellea import MelleaSession
 from mellea.backends import ModelOption
@@ -100,6 +101,15 @@ def test_a_streamed_instruction_says_the_same(backend: OpenAIBackend) -> None:
     assert str(streamed) == str(whole)
     assert streamed.generation.usage is not None
     assert streamed.generation.usage["completion_tokens"] == whole.generation.usage["completion_tokens"]
+
+
+def test_thinking_can_be_switched_off_but_not_on(backend: OpenAIBackend) -> None:
+    session = MelleaSession(backend)
+    plain = session.instruct("Name a colour.", strategy=None, model_options=BRIEF)
+    found = session.instruct("Name a colour.", strategy=None, model_options={**BRIEF, ModelOption.THINKING: False})
+    assert str(found) == str(plain)
+    with pytest.raises(openai.BadRequestError, match="reasoning_effort"):
+        session.instruct("Name a colour.", strategy=None, model_options={**BRIEF, ModelOption.THINKING: True})
 
 
 def test_a_structured_answer(backend: OpenAIBackend) -> None:

@@ -230,6 +230,13 @@ def test_an_adapter_by_model_and_by_template_argument(client: OpenAI) -> None:
     assert text_of(named) in ('"yes"', '"no"')
 
 
+def test_a_plain_lora(client: OpenAI) -> None:
+    base = client.chat.completions.create(**WHOLE)
+    found = client.chat.completions.create(**{**WHOLE, "model": "twin"})
+    assert found.model == "twin"
+    assert text_of(found) != text_of(base)
+
+
 def test_documents(client: OpenAI) -> None:
     documents = [{"doc_id": "1", "title": "Lights", "text": "The lamp can be seen from 26 miles away."}]
     plain = client.chat.completions.create(**WHOLE)
@@ -263,6 +270,8 @@ def test_errors_have_the_clients_own_types(client: OpenAI) -> None:
     assert long.value.code == "context_length_exceeded"
     with pytest.raises(openai.BadRequestError, match="surprise"):
         client.chat.completions.create(**EIGHT, extra_body={"surprise": 1})
+    with pytest.raises(openai.BadRequestError, match="exclude each other"):
+        client.chat.completions.create(**EIGHT, response_format={"type": "json_object"}, extra_body={"guided_json": {}})
     assert missing.value.request_id
 
 
@@ -284,6 +293,15 @@ def test_too_many_requests(guarded: Running) -> None:
         assert refused.value.code == "too_many_streams"
         assert refused.value.type == "rate_limit_error"
         assert client.with_options(max_retries=5).models.list().data, "the client waits as long as it is told to"
+
+
+def test_an_error_within_a_stream() -> None:
+    with running(tiny_engine(tiny_llama()), request_timeout_s=0.3) as server:
+        with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+            stream = client.chat.completions.create(**{**WHOLE, "max_completion_tokens": 1900}, stream=True)
+            with pytest.raises(openai.APIError) as failed:
+                list(stream)
+        assert failed.value.code == "deadline_exceeded"
 
 
 # ---------------------------------------------------------------------- asynchronous

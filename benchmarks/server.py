@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import statistics
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +53,14 @@ async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     ours, theirs = context.Pipe()
     client = context.Process(target=_client_process, args=(port, theirs))
     client.start()
-    rows: dict[str, list[float]] = {"engine_first_s": [], "http_first_s": [], "engine_tok_s": [], "http_tok_s": []}
+    rows: dict[str, list[float]] = defaultdict(list)
     await _direct(engine, 1, 2)
     await _http(ours, 1, 2)
     for _ in range(arguments.rounds):
-        rows["engine_first_s"].append(
-            statistics.median([(await _direct(engine, 1, 1))[0] for _ in range(arguments.firsts)])
-        )
-        rows["http_first_s"].append(statistics.median([(await _http(ours, 1, 1))[0] for _ in range(arguments.firsts)]))
+        pairs = [((await _direct(engine, 1, 1))[0], (await _http(ours, 1, 1))[0]) for _ in range(arguments.firsts)]
+        for side, values in zip(("engine_first_s", "http_first_s"), zip(*pairs, strict=True), strict=True):
+            rows[side].append(statistics.median(values))
+        rows["added_first_s"].append(statistics.median([http - direct for direct, http in pairs]))
         for side, run in (("engine_tok_s", _direct_args(engine)), ("http_tok_s", _http_args(ours))):
             started = time.perf_counter()
             await run(arguments.streams, arguments.tokens)
@@ -72,7 +73,7 @@ async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "prompt_tokens": len(engine.chat.prompt(Chat(messages=(Message(role="user", content=PROMPT),)))),
         "streams": arguments.streams,
-        "added_first_ms": 1000 * (middle["http_first_s"] - middle["engine_first_s"]),
+        "added_first_ms": 1000 * middle["added_first_s"],
         "throughput_ratio": middle["http_tok_s"] / middle["engine_tok_s"],
         "spread": {name: spread(values) for name, values in rows.items()},
         "rounds": rows,

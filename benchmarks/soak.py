@@ -56,7 +56,7 @@ async def soak(arguments: argparse.Namespace) -> dict[str, Any]:
     while not server.started:
         await asyncio.sleep(0.01)
     url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    # The matrix library makes kernels for each number of rows it meets, some 100 MB of them before it has them all
+    # The matrix library makes kernels for each number of rows it meets, some 170 MB of them before it has them all
     # (a bare loop over its products shows the same, and then stays flat): growth counts from there.
     await _load(url, names, arguments, seconds=arguments.warm_up)
     await _rest(engine)

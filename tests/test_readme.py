@@ -58,3 +58,20 @@ def test_the_training_figures_are_those_of_the_results() -> None:
         f"| {peft['loss']:.6f} | {ours['loss']:.6f} |",
     ):
         assert row in README, row
+
+
+def test_the_servers_figures_are_those_of_the_results() -> None:
+    added, soak = (
+        json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+        for name in ("server", "soak")
+    )
+    outcomes = soak["outcomes"]
+    assert set(outcomes) == {"finished", "left"}
+    assert soak["kv_nodes_held_after"] == soak["kv_bytes_after_clearing"] == 0
+    for stated in (
+        f"| {added['added_first_ms']:.1f} ms |",
+        f"| {100 * added['throughput_ratio']:.0f} % |",
+        f"{outcomes['finished']} finished, {outcomes['left']} left",
+        f"memory {100 * soak['rss_growth']:+.1f} %",
+    ):
+        assert stated in README, stated

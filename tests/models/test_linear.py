@@ -25,5 +25,5 @@ def test_packed_products_are_the_layers_own(rows: int, bias: bool) -> None:
 
 def test_all_steps_of_512_rows_need_few_kinds_of_products() -> None:
     kinds = {padded_rows(rows) for rows in range(1, 513)}
-    assert len(kinds) == 42
-    assert all(rows <= padded_rows(rows) < rows + 32 for rows in range(1, 513))
+    assert len(kinds) == 68
+    assert all(rows <= padded_rows(rows) < rows + 16 for rows in range(1, 513))

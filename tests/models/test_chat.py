@@ -99,3 +99,39 @@ def test_the_default_models_tokens_are_stable_where_the_invocation_begins(invoca
     assert {chat.decode([token]) for token in chat.eos_token_ids} == {"<|im_end|>"}
     history = chat.history(Chat(messages=(user("When? ", TITLED),)))
     assert chat.encode(chat.decode(history) + invocation) == history + chat.encode(invocation)
+
+
+def test_tools_and_template_arguments_go_to_the_template() -> None:
+    template = "{{ mood }}|{{ tools[0].function.name }}|{% for m in messages %}{{ m.content }}{% endfor %}"
+    chat = Chat(messages=(user("x"),), tools=({"function": {"name": "search"}},), template_arguments={"mood": "calm"})
+    tokenizer = with_template(template)
+    assert tokenizer.decode(tokenizer.prompt(chat)) == "calm|search|x"
+    with pytest.raises(InputError, match="takes no tools"):
+        tiny_chat().prompt(chat.model_copy(update={"template_arguments": {}}))
+
+
+def test_template_arguments_cannot_change_the_rendering_itself() -> None:
+    for name in ("tokenize", "chat_template", "add_generation_prompt", "conversation"):
+        with pytest.raises(InputError, match=name):
+            tiny_chat().prompt(Chat(messages=(user("x"),), template_arguments={name: "y"}))
+
+
+def test_a_template_sees_the_further_fields_of_a_turn() -> None:
+    tokenizer = with_template(
+        "{% for m in messages %}{{ m.role }}:{{ m.tool_calls[0].id if m.tool_calls }};{% endfor %}"
+    )
+    call = Message(role="assistant", content="", extra={"tool_calls": [{"id": "c1"}]})
+    assert tokenizer.decode(tokenizer.history(Chat(messages=(user("x"), call)))) == "user:;assistant:c1;"
+
+
+def test_a_template_is_sandboxed() -> None:
+    tokenizer = with_template("{{ messages.__class__.__mro__[1].__subclasses__() }}")
+    with pytest.raises(InputError, match="template"):
+        tokenizer.prompt(Chat(messages=(user("x"),)))
+
+
+def test_the_texts_of_tokens_make_the_text() -> None:
+    chat = tiny_chat()
+    tokens = chat.encode(" two words<|im_end|>")
+    assert "".join(map(chat.token_text, tokens)) == " two words<|im_end|>"
+    assert chat.token_text(chat.encode("é")[0]) == "�"

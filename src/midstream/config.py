@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+
+Key = Annotated[SecretStr, Field(min_length=1)]
 
 
 class EngineConfig(BaseModel):
@@ -59,10 +61,10 @@ class ServerConfig(BaseModel):
     )
     tls_key: Path | None = Field(default=None, description="Private key file (PEM) of the certificate.")
 
-    api_keys: tuple[SecretStr, ...] = Field(
+    api_keys: tuple[Key, ...] = Field(
         default=(), description="Key that clients must send as a bearer token; repeatable."
     )
-    admin_key: SecretStr | None = Field(
+    admin_key: Key | None = Field(
         default=None, description="Key that may load and unload adapters; without one, nobody may."
     )
     adapter_dir: Path | None = Field(
@@ -79,7 +81,7 @@ class ServerConfig(BaseModel):
     default_max_tokens: int = Field(default=1024, ge=1, description="Longest answer where a request names none.")
     request_timeout_s: float = Field(default=300.0, gt=0, description="A request that takes longer ends with 504.")
     stall_timeout_s: float = Field(
-        default=30.0, gt=0, description="A client that neither sends nor reads for so long is dropped."
+        default=30.0, gt=0, description="A client that sends no whole body or reads nothing for so long is dropped."
     )
     shutdown_timeout_s: float = Field(
         default=30.0, gt=0, description="Running requests may finish for so long after SIGTERM."

@@ -102,8 +102,8 @@ class SamplingParams(_Value):
 
     @model_validator(mode="after")
     def _check(self) -> SamplingParams:
-        if any(not text for text in self.stop):
-            raise ValueError("stop strings must not be empty")
+        if any(not 0 < len(text) <= 256 for text in self.stop):
+            raise ValueError("stop strings must have 1 to 256 characters")
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs=true")
         return self
@@ -129,7 +129,8 @@ class Request(_Value):
 class Usage:
     """What a request cost, in tokens and forward passes.
 
-    `cached_tokens` = `cached_base_tokens` + `cached_adapter_tokens`, and `prompt_tokens` = cached + computed.
+    `cached_tokens` = `cached_base_tokens` + `cached_adapter_tokens`, and `prompt_tokens` = cached + computed, but for
+    an answer that its constraint forced whole: that one reads no prompt, and both are 0.
     `computed_tokens` counts prompt positions whose KV this request computed; forced tokens that a constraint
     appends are completion tokens. `forwards` counts the engine steps that carried at least one token of the request.
     """

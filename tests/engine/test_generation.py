@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,80 @@ def test_filters_keep_what_their_definition_says(seed: int, name: str, data: st.
     full = SamplingParams(temperature=1.0, seed=seed, **params)
     generator = make_generator(full, 0)
     assert {choose(row, full, generator) for _ in range(20)} <= allowed
+
+
+async def test_a_long_chain_of_tokens_and_a_label_beside_it(engine: AsyncEngine) -> None:
+    options = ("q" * 1300, "b", "w")
+    choice = (await engine.complete(request(constraint=Choice(options=options), max_tokens=1400))).choices[0]
+    assert choice.text in options
+    assert choice.probabilities is not None
+    assert set(choice.probabilities) == set(options)
+
+
+async def test_choices_are_bounded(engine: AsyncEngine) -> None:
+    with pytest.raises(ConstraintError, match="tokens in all"):
+        await engine.complete(
+            request(constraint=Choice(options=tuple(f"{i:0200}" for i in range(400))), max_tokens=300)
+        )
+
+
+async def test_branches_share_one_compiled_constraint_and_go_their_own_ways(engine: AsyncEngine) -> None:
+    params = {"constraint": Regex(pattern="[ab]{8}"), "n": 6, "temperature": 5.0, "seed": 1, "max_tokens": 12}
+    texts = [choice.text for choice in (await engine.complete(request(**params))).choices]
+    assert all(len(text) == 8 and set(text) <= {"a", "b"} for text in texts)
+    assert len(set(texts)) > 1
+
+
+async def test_an_answer_that_is_forced_whole_claims_no_reuse(engine: AsyncEngine) -> None:
+    done = await engine.complete(request(constraint=Choice(options=("yes",)), max_tokens=9))
+    assert (done.text, done.usage.forwards) == ("yes", 0)
+    assert (done.usage.cached_tokens, done.usage.computed_tokens) == (0, 0)
+
+
+async def test_a_forced_answer_that_is_cut_short_says_so(engine: AsyncEngine) -> None:
+    constraint = JsonSchema(schema_text='{"const": {"answer": "a long text"}}')
+    done = await engine.complete(request(constraint=constraint, max_tokens=3))
+    assert done.choices[0].finish_reason == "length"
+    whole = await engine.complete(request(constraint=constraint, max_tokens=100))
+    assert done.text == whole.text[:3]
+    assert whole.choices[0].finish_reason == "stop"
+
+
+async def test_the_end_of_a_constrained_answer_cannot_be_ignored(engine: AsyncEngine) -> None:
+    for seed in range(6):
+        params = {"constraint": Choice(options=("y", "yy")), "temperature": 9.0, "seed": seed, "ignore_eos": True}
+        assert (await engine.complete(request(**params))).text in ("y", "yy")
+
+
+async def test_an_unsatisfiable_regex_shows_no_inside(engine: AsyncEngine) -> None:
+    with pytest.raises(ConstraintError) as found:
+        await engine.complete(request(constraint=Regex(pattern="[^\\s\\S]")))
+    assert "compute_time" not in str(found.value)
+
+
+async def test_a_deadline_counts_the_reading_too(engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine._reader, "read", lambda *_: time.sleep(0.5))
+    with pytest.raises(DeadlineExceeded, match="read"):
+        await engine.complete(request().model_copy(update={"deadline_s": 0.05}))
+
+
+def test_a_callers_loop_that_ends_harms_nobody(model: Any, folders: dict[str, Path]) -> None:
+    engine = asyncio.run(loaded(model, folders))
+
+    async def leave() -> None:
+        # Kept by nobody: the loop ends and closes while they run.
+        tasks = [asyncio.create_task(engine.complete(request(max_tokens=900, ignore_eos=True))) for _ in range(8)]
+        while not (await engine.stats()).running:
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.05)
+        assert tasks
+
+    for _ in range(3):
+        asyncio.run(leave())
+        assert engine.running
+    done = asyncio.run(engine.complete(request(max_tokens=2, ignore_eos=True)))
+    assert done.usage.completion_tokens == 2
+    asyncio.run(engine.aclose())
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-40, 1e-10, 10.0])

@@ -104,9 +104,9 @@ def running(engine: AsyncEngine, **settings: Any) -> Iterator[Running]:
         assert not thread.is_alive()
 
 
-async def settled(engine: AsyncEngine) -> None:
+async def settled(engine: AsyncEngine, seconds: float = 5.0) -> None:
     """Wait until nothing runs, and check that the engine's state is whole."""
-    for _ in range(500):
+    for _ in range(int(100 * seconds)):
         stats = await engine.stats()
         if not stats.running and not stats.queued:
             break

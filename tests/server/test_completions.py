@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
 import pytest
 
-from tests.server.running import Running
+from tests.server.running import Running, settled
 
 CHAT = [{"role": "user", "content": "hello there"}]
 
@@ -79,8 +80,8 @@ def test_several_answers(live: Running) -> None:
     assert ends == [0, 1]
 
 
-def test_the_longer_name_of_max_tokens_goes_first_and_none_means_what_fits(live: Running) -> None:
-    found = chat(live, max_completion_tokens=3, ignore_eos=True)
+def test_both_names_of_max_tokens_are_known_and_none_means_what_fits(live: Running) -> None:
+    found = chat(live, max_tokens=None, max_completion_tokens=3, ignore_eos=True)
     assert found["usage"]["completion_tokens"] == 3
     long = chat(live, max_tokens=None, ignore_eos=True)
     assert long["usage"]["completion_tokens"] == 1024
@@ -195,6 +196,29 @@ def test_text_completions(live: Running) -> None:
     assert [c["text"] for c in several["choices"]] == [choice["text"]] * 2
     chunks = events(live, "/v1/completions", prompt="once", temperature=0, max_tokens=5, ignore_eos=True)
     assert "".join(c["choices"][0]["text"] for c in chunks) == choice["text"]
+
+
+def test_one_wrong_prompt_of_several_ends_the_others(live: Running) -> None:
+    body = {"prompt": [[40, 41, 42]] * 20 + [[999_999]], "max_tokens": 1500, "temperature": 0, "ignore_eos": True}
+    assert live.client.post("/v1/completions", json=body).status_code == 400
+    asyncio.run(settled(live.service.engine, seconds=1))
+    response = live.client.post("/v1/completions", json={**body, "prompt": ["x"] * 200})
+    assert "at most 128" in response.json()["error"]["message"]
+
+
+def test_the_parts_of_a_character_have_no_bytes_of_their_own(live: Running) -> None:
+    found = chat(live, structured_outputs={"choice": ["é", "à"]}, logprobs=True)
+    entries = found["choices"][0]["logprobs"]["content"]
+    assert [entry["bytes"] for entry in entries if "�" in entry["token"]] == [None] * len(entries)
+    plain = chat(live, structured_outputs={"choice": ["a", "b"]}, logprobs=True)["choices"][0]
+    assert plain["logprobs"]["content"][0]["bytes"] == list(plain["message"]["content"].encode())
+
+
+def test_offsets_of_a_stream_go_on_where_its_tokens_stopped(live: Running) -> None:
+    body = {"prompt": "once", "temperature": 0, "max_tokens": 20, "ignore_eos": True, "logprobs": 1, "stop": ["zzz"]}
+    whole = live.client.post("/v1/completions", json=body).json()["choices"][0]["logprobs"]["text_offset"]
+    chunks = [c["choices"][0]["logprobs"] for c in events(live, "/v1/completions", **body)]
+    assert [at for found in chunks if found for at in found["text_offset"]] == whole
 
 
 def test_a_text_without_the_invocation_is_an_error_and_not_the_base_models_answer(live: Running) -> None:

@@ -149,6 +149,8 @@ def test_what_does_not_finish_in_time_is_told_so(folder: Path) -> None:
         (["--tls-cert", "x.pem"], "tls_key"),
         (["--tls-cert", "x.pem", "--tls-key", "y.pem"], "tls_cert"),
         (["--isolate-cache"], "api_keys"),
+        (["--admin-key", ""], "admin_key"),
+        (["--api-key", ""], "api_keys"),
         (["--adapter-dir", "/nowhere"], "adapter_dir"),
         (["--config", "/nowhere.yaml"], "nowhere.yaml"),
         (["--log-file", "/nowhere/log"], "log_file"),

@@ -69,7 +69,7 @@ class AdapterRegistry:
         adapter = self._named.get(name)
         if adapter is None:
             loaded = ", ".join(sorted(self._named)) or "none"
-            close = difflib.get_close_matches(name, self._named, n=1)
+            close = difflib.get_close_matches(name, list(self._named), n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise AdapterNotFound(f"no adapter {name!r} is loaded (loaded: {loaded}){hint}")
         return adapter

@@ -98,6 +98,8 @@ def _help(field: FieldInfo, kind: Any) -> str:
 def _plain(annotation: Any) -> tuple[Any, bool]:
     """The type that a flag reads, and whether it may be given several times."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        return _plain(arguments[0])
     if origin is tuple:
         return _plain(arguments[0])[0], True
     if origin in (typing.Union, types.UnionType):

@@ -8,6 +8,7 @@ are left to llguidance.
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -22,6 +23,8 @@ from midstream.errors import ConstraintError
 from midstream.types import Choice, Constraint, JsonSchema, Regex
 
 Encode = Callable[[str], Sequence[int]]
+
+_MAX_CHOICE_TOKENS = 65_536
 
 
 class Matcher(Protocol):
@@ -51,12 +54,12 @@ class Matcher(Protocol):
 
 @dataclass(slots=True)
 class _TrieNode:
+    """`option` ends here; `count` options end here or below, and `sole` is one of them."""
+
     option: str | None = None
     children: dict[int, _TrieNode] = field(default_factory=dict)
-
-    def options(self) -> list[str]:
-        own = [] if self.option is None else [self.option]
-        return own + [text for child in self.children.values() for text in child.options()]
+    count: int = 0
+    sole: str = ""
 
 
 class ChoiceMatcher:
@@ -123,9 +126,9 @@ class ChoiceMatcher:
         if token == self._eos and self._node.option is not None:
             self._probabilities[self._node.option] = self._mass * share
             return
-        below = self._node.children[token].options()
-        if len(below) == 1:
-            self._probabilities[below[0]] = self._mass * share
+        below = self._node.children[token]
+        if below.count == 1:
+            self._probabilities[below.sole] = self._mass * share
         else:
             # Several options part further on, on a way that was not taken: their shares are unknown.
             self._undecided = True
@@ -144,14 +147,14 @@ class GrammarMatcher:
             return []
         tokens = [token for token in self._matcher.compute_ff_tokens() if token not in self._eos]
         if tokens and not self._matcher.consume_tokens(tokens):
-            raise ConstraintError(f"the grammar failed: {self._matcher.get_error()}")
+            raise ConstraintError(f"the grammar failed: {_reason(self._matcher)}")
         return tokens
 
     def restrict(self, logits: Tensor) -> Tensor:
         packed = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         bits = np.unpackbits(packed, bitorder="little")[: logits.shape[0]].astype(bool)
         if self._matcher.is_error():
-            raise ConstraintError(f"the grammar failed: {self._matcher.get_error()}")
+            raise ConstraintError(f"the grammar failed: {_reason(self._matcher)}")
         allowed = torch.zeros(logits.shape[0], dtype=torch.bool)
         allowed[: len(bits)] = torch.from_numpy(bits)
         return logits.masked_fill(~allowed.to(logits.device), float("-inf"))
@@ -161,7 +164,7 @@ class GrammarMatcher:
             self._ended = True
             return
         if not self._matcher.consume_token(token):
-            raise ConstraintError(f"the grammar failed: {self._matcher.get_error()}")
+            raise ConstraintError(f"the grammar failed: {_reason(self._matcher)}")
 
     @property
     def finished(self) -> bool:
@@ -179,35 +182,53 @@ class ConstraintCompiler:
         self._encode = encode
         self._eos = tuple(eos)
         self._vocab_size = vocab_size
-        self._tables: LLTokenizer | None = None
+        self._built: LLTokenizer | None = None
+        self._lock = threading.Lock()
 
-    def compile(self, constraint: Constraint, max_tokens: int) -> Matcher:
-        """A fresh matcher. Raises ConstraintError when it is invalid or cannot be met within `max_tokens`."""
+    def compile(self, constraint: Constraint, max_tokens: int) -> Callable[[], Matcher]:
+        """What makes fresh matchers, one for each branch. May be called from several threads.
+
+        Raises ConstraintError when the constraint is invalid or cannot be met within `max_tokens`.
+        """
         if isinstance(constraint, Choice):
             return self._choice(constraint, max_tokens)
         return self._grammar(constraint)
 
-    def _choice(self, constraint: Choice, max_tokens: int) -> ChoiceMatcher:
+    def _choice(self, constraint: Choice, max_tokens: int) -> Callable[[], Matcher]:
         if any(not option for option in constraint.options):
             raise ConstraintError("choice: an option is empty")
         root = _TrieNode()
-        for option in constraint.options:
+        size = 0
+        for option in dict.fromkeys(constraint.options):
             node = root
             tokens = self._encode(option)
+            size += len(tokens)
+            if size > _MAX_CHOICE_TOKENS:
+                raise ConstraintError(f"choice: the options have more than {_MAX_CHOICE_TOKENS} tokens in all")
             if len(tokens) > max_tokens:
                 raise ConstraintError(f"choice {option!r} is {len(tokens)} tokens long but max_tokens is {max_tokens}")
             for token in tokens:
                 node = node.children.setdefault(token, _TrieNode())
+                node.count, node.sole = node.count + 1, option
             node.option = option
-        return ChoiceMatcher(root, self._eos[0])
+        return lambda: ChoiceMatcher(root, self._eos[0])
 
-    def _grammar(self, constraint: Regex | JsonSchema) -> GrammarMatcher:
-        if self._tables is None:
-            self._tables = from_tokenizer(self._tokenizer, n_vocab=self._vocab_size, eos_token=list(self._eos))
-        matcher = LLMatcher(self._tables, _grammar_text(constraint), log_level=0)
+    def _grammar(self, constraint: Regex | JsonSchema) -> Callable[[], Matcher]:
+        matcher = LLMatcher(self._tables(), _grammar_text(constraint), log_level=0)
         if matcher.is_error():
-            raise ConstraintError(f"{constraint.kind}: {matcher.get_error()}")
-        return GrammarMatcher(matcher, self._eos)
+            raise ConstraintError(f"{constraint.kind}: {_reason(matcher)}")
+        return lambda: GrammarMatcher(matcher.deep_copy(), self._eos)
+
+    def _tables(self) -> LLTokenizer:
+        with self._lock:
+            if self._built is None:
+                self._built = from_tokenizer(self._tokenizer, n_vocab=self._vocab_size, eos_token=list(self._eos))
+            return self._built
+
+
+def _reason(matcher: LLMatcher) -> str:
+    """What is wrong, without the dump of the parser's state behind it."""
+    return str(matcher.get_error()).split("\n", 1)[0]
 
 
 def _grammar_text(constraint: Regex | JsonSchema) -> str:

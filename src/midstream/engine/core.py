@@ -174,7 +174,7 @@ class EngineCore:
                 self._end(branch.job, ForwardFailed(f"sampling for request {branch.job.request_id} failed: {error}"))
         for job in touched:
             if not job.done:
-                self._report(job)
+                self._report_or_end(job)
 
     def _time_prefill(self, rows: int, seconds: float) -> None:
         """Keep a moving mean of what a token of a long prefill costs; short steps measure something else."""
@@ -232,7 +232,7 @@ class EngineCore:
             return
         for token in matcher.forced():
             if branch.finish is not None:
-                break
+                return  # cut short: the rest of what the constraint wants has no room
             if branch.job.params.logprobs:
                 # Nothing was computed for a forced token: the constraint makes it certain.
                 branch.logprobs.append(TokenLogprob(token, 0.0))
@@ -246,6 +246,13 @@ class EngineCore:
             self.tree.append(branch.lease, token)
 
     # ------------------------------------------------------------------ telling the listeners
+
+    def _report_or_end(self, job: Job) -> None:
+        try:
+            self._report(job)
+        except Exception as error:
+            log.exception("reporting failed")
+            self._end(job, ForwardFailed(f"the answer of request {job.request_id} cannot be told: {error}"))
 
     def _report(self, job: Job) -> None:
         if job.streaming:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import itertools
 import time
@@ -24,7 +25,7 @@ from midstream.engine.reader import RequestReader
 from midstream.engine.request import Job, Outcome
 from midstream.engine.runner import Runner
 from midstream.engine.scheduler import Scheduler
-from midstream.errors import Cancelled, MidstreamError
+from midstream.errors import Cancelled, DeadlineExceeded, MidstreamError
 from midstream.models.attention import KVPool
 from midstream.models.chat import ChatTokenizer
 from midstream.models.load import LoadedModel, load_model
@@ -122,7 +123,8 @@ class AsyncEngine:
         return outcome
 
     async def tokenize(self, prompt: str | Chat) -> tuple[int, ...]:
-        return self.chat.encode(prompt) if isinstance(prompt, str) else self.chat.prompt(prompt)
+        read = self.chat.encode if isinstance(prompt, str) else self.chat.prompt
+        return await asyncio.to_thread(read, prompt)  # type: ignore[arg-type]
 
     async def adapters(self) -> tuple[AdapterInfo, ...]:
         return self.adapter_infos()
@@ -191,7 +193,9 @@ class AsyncEngine:
         outcomes: asyncio.Queue[Outcome] = asyncio.Queue()
 
         def listener(outcome: Outcome) -> None:
-            loop.call_soon_threadsafe(outcomes.put_nowait, outcome)
+            # A loop that has ended waits for nothing: its requests end like those of a client that has gone.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(outcomes.put_nowait, outcome)
 
         started = time.perf_counter()
         request_id = f"req-{next(self._ids)}"
@@ -206,7 +210,13 @@ class AsyncEngine:
 
         finished = False
         try:
-            await self._admit(read)
+            try:
+                async with asyncio.timeout(request.deadline_s):
+                    await self._admit(read)
+            except TimeoutError as error:
+                raise DeadlineExceeded(
+                    f"request {request_id} was not read within {request.deadline_s:.3f} s"
+                ) from error
             while not finished:
                 outcome = await outcomes.get()
                 if isinstance(outcome, MidstreamError):

@@ -68,8 +68,8 @@ class EngineLoop:
                 return
             try:
                 self._core.step(self._runner)
-            except Exception as error:
-                # A fault of ours outside the forward: nobody may wait for ever, so everybody is told.
+            except BaseException as error:
+                # A fault outside the forward (a panic of foreign code too): nobody may wait for ever, so all are told.
                 log.exception("the engine's loop failed")
                 self._stop(EngineStopped(f"the engine's loop failed: {error!r}"))
                 return

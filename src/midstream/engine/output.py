@@ -25,7 +25,7 @@ class OutputWriter:
         """Append a token to the output. Sets `finish` where the branch ends with it."""
         params = branch.job.params
         branch.output.append(token)
-        ends = token in self._eos and not params.ignore_eos
+        ends = self._ends(branch, token)
         if not ends:
             self._write(branch)
         if branch.stop_at is not None or ends:
@@ -34,6 +34,10 @@ class OutputWriter:
             branch.finish = "length"
         if branch.finish is not None and branch.stop_at is None:
             self._flush(branch)
+
+    def _ends(self, branch: Branch, token: int) -> bool:
+        """Whether a token is the end. Where a constraint says when the answer is whole, that cannot be ignored."""
+        return token in self._eos and not (branch.job.params.ignore_eos and branch.matcher is None)
 
     def finish_whole(self, branch: Branch) -> None:
         """End a branch whose constraint is met."""
@@ -85,7 +89,7 @@ class OutputWriter:
 
     def _flush(self, branch: Branch) -> None:
         tokens = branch.output
-        if tokens and tokens[-1] in self._eos and not branch.job.params.ignore_eos:
+        if tokens and self._ends(branch, tokens[-1]):
             tokens = tokens[:-1]
         context = max(0, branch.decoded_to - 4)
         if branch.decoded_to < len(tokens):

@@ -6,7 +6,6 @@ a large grammar keeps nobody else waiting.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 
 from midstream.adapters import Adapter, AdapterRegistry, activation_index
@@ -30,7 +29,6 @@ class RequestReader:
         self._max_context = max_context
         self._num_slots = num_slots
         self._constraints = ConstraintCompiler(chat.tokenizer, chat.encode, sorted(chat.eos_token_ids), vocab_size)
-        self._compiling = threading.Lock()
 
     def read(
         self,
@@ -58,8 +56,7 @@ class RequestReader:
             job.branches[index].output = list(continuation)
         self._check_fits(job)
         if continuations is None:
-            for branch in job.branches:
-                self._prepare_sampling(branch)
+            self._prepare_sampling(job)
         return job
 
     def invocation_of(self, adapter: Adapter | None) -> tuple[int, ...]:
@@ -76,13 +73,14 @@ class RequestReader:
             "send a prompt that asks for its answer instead"
         )
 
-    def _prepare_sampling(self, branch: Branch) -> None:
-        params = branch.job.params
-        branch.generator = make_generator(params, branch.index)
+    def _prepare_sampling(self, job: Job) -> None:
+        params = job.params
+        matcher = None
         if params.constraint is not None:
-            # One at a time: the compiler builds its tables at the first use.
-            with self._compiling:
-                branch.matcher = self._constraints.compile(params.constraint, params.max_tokens)
+            matcher = self._constraints.compile(params.constraint, params.max_tokens)
+        for branch in job.branches:
+            branch.generator = make_generator(params, branch.index)
+            branch.matcher = None if matcher is None else matcher()
 
     def _prompt(self, request: Request, adapter: Adapter | None) -> tuple[int, ...]:
         if isinstance(request.prompt, Chat):

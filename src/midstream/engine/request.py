@@ -44,6 +44,7 @@ class Job:
     computed_adapter: int = 0
     forwards: int = 0
     done: bool = False
+    leased: bool = False
 
     @property
     def owner(self) -> str | None:
@@ -67,13 +68,14 @@ class Job:
 
     def usage(self) -> Usage:
         completion = sum(len(branch.output) for branch in self.branches)
-        cached_base = self.owned_from - self.computed_base
-        cached_adapter = len(self.prompt) - self.owned_from - self.computed_adapter
+        # An answer that its constraint forced whole needed no KV, so none was looked up.
+        cached_base = self.owned_from - self.computed_base if self.leased else 0
+        cached_adapter = len(self.prompt) - self.owned_from - self.computed_adapter if self.leased else 0
         return Usage(
             prompt_tokens=len(self.prompt),
             cached_base_tokens=cached_base,
             cached_adapter_tokens=cached_adapter,
-            computed_tokens=len(self.prompt) - cached_base - cached_adapter,
+            computed_tokens=self.computed_base + self.computed_adapter,
             completion_tokens=0 if self.continuations is not None else completion,
             forwards=self.forwards,
         )

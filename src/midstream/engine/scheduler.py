@@ -76,6 +76,7 @@ class Scheduler:
                 return
             self.waiting.popleft()
             branch.lease = lease
+            job.leased = True
             self.running.append(branch)
             for token in branch.output[: branch.growth]:
                 self.tree.append(lease, token)

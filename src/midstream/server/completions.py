@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import APIRouter
 from starlette.requests import Request as HttpRequest
@@ -21,10 +21,13 @@ from midstream.server.service import Exchange, Service
 from midstream.server.stream import DONE, EventStream, event, unless_gone
 from midstream.types import AdapterInfo, Delta, Request, SamplingParams
 
+T = TypeVar("T")
+
 Chunk = Callable[[Delta, bool], dict[str, Any]]
 End = Callable[[int, str], dict[str, Any]]
 
 # OpenAI's defaults of the older endpoint, which knows nothing of an adapter's contract.
+_MAX_PROMPTS = 128
 _TEXT = SamplingParams(temperature=1.0, max_tokens=16)
 
 
@@ -35,7 +38,7 @@ def routes(service: Service) -> APIRouter:
     @router.post("/v1/chat/completions")
     async def chat_completions(body: ChatBody, http: HttpRequest) -> Response:
         """Answer a conversation with the base model, or with the adapter that `model` names."""
-        adapter, template_arguments = _chosen(service, body)
+        adapter, template_arguments = service.chosen(body.model, body.chat_template_kwargs)
         chat = chat_of(body.messages, body.documents, _tools(body), template_arguments)
         prompt = await asyncio.to_thread(
             prompt_of, service.engine.chat, chat, adapter, with_header=body.add_generation_prompt
@@ -70,8 +73,7 @@ def routes(service: Service) -> APIRouter:
         head = Head.text(adapter.name if adapter else service.model_name)
         backend = service.backend(http)
         if not body.stream:
-            together = asyncio.gather(*(backend.complete(request) for request in requests))
-            completions = await unless_gone(http, _awaited(together))
+            completions = await unless_gone(http, _together([backend.complete(request) for request in requests]))
             return JSONResponse(replies.text_completion(head, completions, logprobs=logprobs))
         if len(requests) > 1:
             raise InputError("stream takes one prompt: send several requests, or do not stream")
@@ -79,7 +81,7 @@ def routes(service: Service) -> APIRouter:
 
         def chunk(delta: Delta, first: bool) -> dict[str, Any]:
             offset = lengths.get(delta.index, 0)
-            lengths[delta.index] = offset + len(delta.text)
+            lengths[delta.index] = offset + sum(len(token.text) for token in delta.logprobs)
             return replies.text_chunk(head, delta, logprobs=logprobs, offset=offset)
 
         def end(index: int, reason: str) -> dict[str, Any]:
@@ -137,26 +139,14 @@ async def _events(
         yield DONE
 
 
-def _chosen(service: Service, body: ChatBody) -> tuple[AdapterInfo | None, dict[str, Any]]:
-    """The adapter, named by `model` or by `chat_template_kwargs.adapter_name`, and the template's own arguments."""
-    arguments = dict(body.chat_template_kwargs or {})
-    named = arguments.pop("adapter_name", None)
-    if named is not None and not isinstance(named, str):
-        raise InputError("chat_template_kwargs.adapter_name is not a text")
-    adapter = service.adapter_of(body.model)
-    if named is None or (adapter is not None and adapter.name == named):
-        return adapter, arguments
-    if adapter is not None:
-        raise InputError(f"one adapter per request: model names {adapter.name}, adapter_name names {named}")
-    return service.adapter_of(named), arguments
-
-
 def _tools(body: ChatBody) -> Sequence[dict[str, Any]] | None:
     return None if body.tool_choice == "none" else body.tools
 
 
 def _prompts(service: Service, body: TextBody) -> list[tuple[int, ...]]:
     prompt = body.prompt
+    if len(prompt) > _MAX_PROMPTS and not isinstance(prompt, str) and not isinstance(prompt[0], int):
+        raise InputError(f"prompt has {len(prompt)} texts: send at most {_MAX_PROMPTS} at a time")
     if isinstance(prompt, str):
         return [service.engine.chat.encode(prompt)]
     if not prompt:
@@ -182,5 +172,12 @@ def _request(
     return Request(prompt=prompt, adapter=adapter.name if adapter else None, params=params)
 
 
-async def _awaited(future: asyncio.Future[Any]) -> Any:
-    return await future
+async def _together(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """All results; the first failure ends the others."""
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

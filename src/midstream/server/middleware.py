@@ -121,7 +121,8 @@ class Front:
 
     def _caller(self, headers: dict[str, str]) -> Caller:
         kind, _, key = headers.get("authorization", "").partition(" ")
-        given = hashlib.sha256(key.strip().encode("latin-1")).digest() if kind.lower() == "bearer" else b""
+        sent = key.strip().encode("latin-1") if kind.lower() == "bearer" else b""
+        given = hashlib.sha256(sent).digest() if sent else b""
         admin = self._admin is not None and hmac.compare_digest(given, self._admin)
         if not self._keys:
             return Caller(admin=admin)

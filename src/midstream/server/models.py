@@ -38,12 +38,10 @@ def routes(service: Service) -> APIRouter:
     async def load(body: LoadAdapterBody, http: HttpRequest) -> str:
         """Load a PEFT folder below the server's adapter folder. Needs the admin key."""
         _require_admin(service, http)
-        if body.lora_name == service.model_name:
-            raise AdapterError(f"{body.lora_name} is the base model's name: choose another one")
         if service.engine.adapter(body.lora_name) is not None and not body.load_inplace:
             raise AdapterError(f"adapter {body.lora_name} is loaded already: unload it, or send load_inplace=true")
         folder = await asyncio.to_thread(allowed_folder, service, body.lora_path)
-        await load_with_contract(service.engine, folder, body.lora_name)
+        await load_with_contract(service.engine, folder, body.lora_name, base_name=service.model_name)
         return f"Success: LoRA adapter '{body.lora_name}' added successfully."
 
     @router.post("/v1/unload_lora_adapter", response_class=PlainTextResponse)
@@ -86,8 +84,10 @@ def allowed_folder(service: Service, path: str) -> Path:
     return folder
 
 
-async def load_with_contract(engine: AsyncEngine, folder: Path, name: str | None = None) -> None:
-    """Load an adapter. Raises ContractError, with all as it was, where its contract cannot be carried out."""
+async def load_with_contract(engine: AsyncEngine, folder: Path, name: str | None = None, *, base_name: str) -> None:
+    """Load an adapter. Raises AdapterError for a name that is the base model's, ContractError for a wrong contract."""
+    if (name or folder.name) in (base_name, engine.model_name):
+        raise AdapterError(f"{name or folder.name} is the base model's name: choose another one")
     file = folder / "io.yaml"
     if await asyncio.to_thread(file.is_file):
         text = await asyncio.to_thread(file.read_text, encoding="utf-8", errors="replace")

@@ -159,7 +159,9 @@ def error_object(error: MidstreamError, param: str | None = None) -> dict[str, A
 
 
 def _logprob(one: TokenLogprob) -> dict[str, Any]:
-    return {"token": one.text, "logprob": _finite(one.logprob), "bytes": list(one.text.encode())}
+    # Of a token that is a part of a character the text is a stand-in, and its bytes would be those of the stand-in.
+    known = None if "\ufffd" in one.text else list(one.text.encode())
+    return {"token": one.text, "logprob": _finite(one.logprob), "bytes": known}
 
 
 def _finite(value: float) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 from pathlib import Path
 from types import FrameType
@@ -65,11 +66,14 @@ async def _serve(engine: AsyncEngine, config: ServerConfig) -> None:
 
 async def load_adapters(engine: AsyncEngine, config: ServerConfig) -> None:
     """The library's adapters, then those that were named."""
+    base_name = config.served_name or engine.model_name
     for folder in library_adapters(engine.model_name) if config.library else []:
-        await load_with_contract(engine, folder)
+        await load_with_contract(engine, folder, base_name=base_name)
     for named in config.adapters:
-        name, _, folder_text = named.rpartition("=")
-        await load_with_contract(engine, Path(folder_text), name or None)
+        name, sign, folder_text = named.partition("=")
+        if not sign or os.sep in name:
+            name, folder_text = "", named
+        await load_with_contract(engine, Path(folder_text), name or None, base_name=base_name)
 
 
 class GracefulServer(uvicorn.Server):

@@ -14,7 +14,7 @@ from starlette.requests import Request as HttpRequest
 
 from midstream.config import ServerConfig
 from midstream.engine.engine import AsyncEngine
-from midstream.errors import ModelNotFound
+from midstream.errors import InputError, ModelNotFound
 from midstream.intrinsics.call import find
 from midstream.server.telemetry import Telemetry
 from midstream.server.tracing import span
@@ -67,6 +67,21 @@ class Service:
             names = ", ".join([self.model_name, *(info.name for info in self.engine.adapter_infos())])
             raise ModelNotFound(f"model {model!r} does not exist; there are: {names}")
         return found
+
+    def chosen(
+        self, model: str | None, template_arguments: dict[str, Any] | None
+    ) -> tuple[AdapterInfo | None, dict[str, Any]]:
+        """The adapter that `model` or `chat_template_kwargs.adapter_name` names, and the template's own arguments."""
+        arguments = dict(template_arguments or {})
+        named = arguments.pop("adapter_name", None)
+        if named is not None and not isinstance(named, str):
+            raise InputError("chat_template_kwargs.adapter_name is not a text")
+        adapter = self.adapter_of(model)
+        if named is None or (adapter is not None and adapter.name == named):
+            return adapter, arguments
+        if adapter is not None:
+            raise InputError(f"one adapter per request: model names {adapter.name}, adapter_name names {named}")
+        return self.adapter_of(named), arguments
 
     def intrinsic_of(self, name: str) -> AdapterInfo:
         """The adapter of that name. Raises AdapterNotFound, which lists what there is."""

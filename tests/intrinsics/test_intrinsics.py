@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import threading
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,8 +12,8 @@ from typing import Any
 import pytest
 
 from midstream.backend import Backend
-from midstream.errors import AdapterNotFound, ContractError, InputError, OutputError
-from midstream.intrinsics import call_intrinsics, load_contract
+from midstream.errors import AdapterNotFound, ContractError, InputError, MidstreamError, OutputError
+from midstream.intrinsics import call_intrinsics, load_contract, render
 from midstream.types import (
     AdapterInfo,
     Chat,
@@ -102,6 +105,32 @@ async def test_one_that_fails_leaves_the_others_their_results_in_order(tmp_path:
     assert isinstance(missing, AdapterNotFound)
 
 
+class Broken(Recorder):
+    """Fails for one adapter with what no error of ours is."""
+
+    async def complete(self, request: Request) -> Completion:
+        if request.adapter == "broken":
+            raise KeyError("private text")
+        return await super().complete(request)
+
+
+async def test_a_fault_of_the_program_leaves_the_others_their_results_too(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = contract(tmp_path, LABELS)
+    backend = Broken([info(folder), info(folder, "broken")], '"yes"')
+    with caplog.at_level(logging.ERROR, logger="midstream.intrinsics"):
+        error, good = await call_intrinsics(backend, ["broken", "check"], CHAT)
+    assert good.result == "yes"
+    assert isinstance(error, MidstreamError)
+    assert (error.status, error.code) == (500, "internal_error")
+    assert "broken" in str(error)
+    assert "private text" not in str(error)
+    (record,) = caplog.records
+    assert record.exc_info is not None
+    assert isinstance(record.exc_info[1], KeyError)
+
+
 async def test_output_that_does_not_fit_shows_both(tmp_path: Path) -> None:
     """Fault 9: output parsed against a schema that has drifted is an error, never a quiet default."""
     schema = '{"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}'
@@ -133,6 +162,49 @@ async def test_an_instruction_is_appended_and_its_arguments_are_needed(tmp_path:
     backend = Recorder(backend.infos, "plain", tokens=(1, 7, 8, 2), shared=3)
     await call_intrinsics(backend, ["check"], CHAT, {"check": {"what": "met"}})
     assert backend.requests[0].invoke, "one that an earlier turn quotes does not count"
+
+
+class Slow(Recorder):
+    """Keeps what it is to tokenize, and lets others go on meanwhile."""
+
+    tokenized: list[Chat]
+
+    async def tokenize(self, prompt: str | Chat) -> tuple[int, ...]:
+        assert isinstance(prompt, Chat)
+        self.tokenized.append(prompt)
+        await asyncio.sleep(0)
+        return await super().tokenize(prompt)
+
+
+async def test_a_history_is_tokenized_once_for_all_and_only_where_it_decides(tmp_path: Path) -> None:
+    text = "model: null\nresponse_format: null\ntransformations: null\ninstruction: 'Check: {last_message}'\n"
+    folder = contract(tmp_path, text)
+    names = ["one", "two", "three"]
+    for tokens, expected in (((1, 7, 8, 2), 1), ((1, 2), 0)):
+        backend = Slow([info(folder, name) for name in names], "plain", tokens=tokens)
+        backend.tokenized = []
+        results = await call_intrinsics(backend, names, CHAT)
+        assert [result.result for result in results] == ["plain"] * 3
+        assert sum(not chat.appended for chat in backend.tokenized) == expected
+        assert sum(bool(chat.appended) for chat in backend.tokenized) == 3
+
+
+@pytest.mark.parametrize("slow", ["rewrite_chat", "instruct", "find_last"])
+async def test_work_on_a_long_conversation_does_not_hold_the_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: str
+) -> None:
+    text = "model: null\nresponse_format: null\ntransformations: null\ninstruction: 'Check: {last_message}'\n"
+    backend = Recorder([info(contract(tmp_path, text))], "plain")
+    real, threads = getattr(render, slow), []
+
+    def spied(*given: Any) -> Any:
+        threads.append(threading.current_thread())
+        return real(*given)
+
+    monkeypatch.setattr(render, slow, spied)
+    await call_intrinsics(backend, ["check"], CHAT)
+    assert threads
+    assert threading.current_thread() not in threads
 
 
 @pytest.mark.parametrize("given", [{"what": "a", "extra": 1}, {"what": "a", "last_message": "b"}])

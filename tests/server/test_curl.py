@@ -45,7 +45,7 @@ def test_an_example_works(library: Running, number: int) -> None:
 def test_what_the_examples_answer(library: Running) -> None:
     capital, jailbreak, answerable, several = (
         run(next(e for e in EXAMPLES if mark in e), library)
-        for mark in ("capital of France", '"model": "jailbreak"', "intrinsics/answerability", '"names"')
+        for mark in ("capital of France", '"model": "jailbreak"', "intrinsics/answerability", '"requirement_check"')
     )
     assert "Paris" in capital["choices"][0]["message"]["content"]
     assert jailbreak["choices"][0]["message"]["content"] == '"yes"'

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.server.running import Running
+from tests.server.running import Running, write_adapters
 
 CHAT = [{"role": "user", "content": "hello there"}, {"role": "assistant", "content": "hi"}]
 
@@ -48,6 +49,31 @@ def test_several_at_once_share_the_prefix_and_one_failure_leaves_the_others(live
     assert sum(computed) < shared + 60, "the prefix is computed once"
     body["arguments"] = {"requirement_check": {"requirement": "be short"}}
     assert live.client.post("/v1/intrinsics", json=body).json()["data"][3]["result"] in ("met", "not_met")
+
+
+def test_a_fan_out_names_each_once_and_gives_arguments_to_those_only(live: Running) -> None:
+    def refused(**body: Any) -> str:
+        response = live.client.post("/v1/intrinsics", json={"messages": CHAT, **body})
+        assert response.status_code == 400, response.text
+        return str(response.json()["error"]["message"])
+
+    message = refused(names=["jailbreak", "certainty", "jailbreak"])
+    assert "jailbreak" in message
+    assert "certainty" not in message
+    message = refused(names=["jailbreak"], arguments={"requirement_chek": {"requirement": "x"}, "jailbreak": {}})
+    assert "requirement_chek" in message
+
+
+def test_a_name_with_a_slash(live: Running, tmp_path: Path) -> None:
+    folder = write_adapters(tmp_path)["jailbreak"]
+    live.run(live.service.engine.load_adapter(folder, name="team/jailbreak"))
+    try:
+        for name in ("team/jailbreak", "team%2Fjailbreak"):
+            response = live.client.post(f"/v1/intrinsics/{name}", json={"messages": CHAT})
+            assert response.status_code == 200, response.text
+            assert response.json()["intrinsic"] == "team/jailbreak"
+    finally:
+        live.run(live.service.engine.unload_adapter("team/jailbreak"))
 
 
 def test_errors(live: Running) -> None:

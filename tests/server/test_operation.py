@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import shutil
@@ -17,6 +18,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from midstream.models.chat import ChatTokenizer
 from midstream.server import logs
 from tests.helpers import make_adapter_folder, tiny_llama
 from tests.server.running import Running, make_engine, running
@@ -76,6 +78,10 @@ def test_isolation_by_key_and_sharing_without_it(guarded: Running, live: Running
     assert mine
     assert all_nodes
     assert guarded.client.get("/v1/cache", headers=as_key("boss")).json()["nodes"] == []
+    for key in ("one", "boss"):
+        found = guarded.client.get("/v1/cache", headers=as_key(key)).json()
+        counts = [found[name] for name in ("prefix_cache_queries", "prefix_cache_hits", "hit_rate")]
+        assert counts == [None] * 3, "they are of all keys"
 
 
 def test_an_intrinsic_call_is_isolated_too(guarded: Running) -> None:
@@ -263,6 +269,7 @@ def test_the_cache_as_it_is(live: Running) -> None:
     assert {None, "jailbreak"} <= {node["owner"] for node in found["nodes"]}
     assert 0 < found["kv_used_bytes"] <= found["kv_total_bytes"]
     assert 0 < found["hit_rate"] < 1
+    assert found["hit_rate"] == found["prefix_cache_hits"] / found["prefix_cache_queries"]
 
 
 def test_tokens_and_back(live: Running) -> None:
@@ -270,6 +277,76 @@ def test_tokens_and_back(live: Running) -> None:
     assert found["count"] == len(found["tokens"]) == len(found["token_strs"])
     assert live.client.post("/detokenize", json={"tokens": found["tokens"]}).json() == {"prompt": "héllo"}
     assert live.client.post("/detokenize", json={"tokens": [10**6]}).status_code == 400
+
+
+def test_tokens_of_an_adapter_that_the_template_arguments_name(live: Running) -> None:
+    def tokens(**body: Any) -> list[int]:
+        response = live.client.post("/tokenize", json={"messages": CHAT["messages"], **body})
+        assert response.status_code == 200, response.text
+        return list(response.json()["tokens"])
+
+    called = tokens(chat_template_kwargs={"adapter_name": "jailbreak"})
+    assert called == tokens(model="jailbreak") != tokens()
+    both = {"model": "certainty", "chat_template_kwargs": {"adapter_name": "jailbreak"}}
+    assert live.client.post("/tokenize", json={"messages": CHAT["messages"], **both}).status_code == 400
+
+
+def test_tokens_and_texts_are_found_beside_the_loop(live: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[str] = []
+
+    def watched(method: Any) -> Any:
+        def call(self: ChatTokenizer, given: Any) -> Any:
+            with contextlib.suppress(RuntimeError):
+                asyncio.get_running_loop()
+                threads.append(method.__name__)
+            return method(self, given)
+
+        return call
+
+    for name in ("token_text", "decode"):
+        monkeypatch.setattr(ChatTokenizer, name, watched(getattr(ChatTokenizer, name)))
+    found = live.client.post("/tokenize", json={"prompt": "a text of its own", "return_token_strs": True}).json()
+    assert live.client.post("/detokenize", json={"tokens": found["tokens"]}).json() == {"prompt": "a text of its own"}
+    assert threads == [], "called where an event loop runs"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "hint"),
+    [
+        ("/tokenize", {"prompt": "x", "add_special_tokens": True}, "add_special_tokens"),
+        ("/tokenize", {"prompt": "x", "documents": [{"text": "y"}]}, "documents go with messages"),
+        ("/tokenize", {"prompt": "x", "tools": [{}], "chat_template_kwargs": {"a": 1}}, "tools, chat_template_kwargs"),
+        (
+            "/v1/chat/completions",
+            {**CHAT, "response_format": {"type": "json_object", "json_schema": {"schema": {}}}},
+            "json_object",
+        ),
+        ("/v1/chat/completions", {**CHAT, "response_format": {"type": "text", "json_schema": {"schema": {}}}}, "text"),
+        ("/v1/chat/completions", {**CHAT, "stream_options": {"include_usage": True}}, "stream_options"),
+        ("/v1/completions", {"prompt": "x", "stream": False, "stream_options": {}}, "stream_options"),
+        (
+            "/v1/chat/completions",
+            {**CHAT, "stream": True, "stream_options": {"include_obfuscation": True}},
+            "include_obfuscation",
+        ),
+    ],
+)
+def test_a_field_that_would_do_nothing_is_refused(live: Running, path: str, body: dict[str, Any], hint: str) -> None:
+    response = live.client.post(path, json=body)
+    assert response.status_code == 400, response.text
+    assert hint in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"max_tokens": 3, "max_completion_tokens": 2},
+        {"max_tokens": 2, "response_format": {"type": "text", "json_schema": None}},
+        {"max_tokens": 2, "stream": True, "stream_options": {"include_obfuscation": False}},
+    ],
+)
+def test_what_clients_send_without_need_is_taken(live: Running, more: dict[str, Any]) -> None:
+    assert live.client.post("/v1/chat/completions", json={**CHAT, **more}).status_code == 200
 
 
 def logged(caplog: pytest.LogCaptureFixture, text: str) -> list[str]:

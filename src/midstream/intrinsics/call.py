@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +13,12 @@ from midstream.backend import Backend
 from midstream.errors import AdapterNotFound, MidstreamError
 from midstream.history import Parting
 from midstream.intrinsics.parse import parse
-from midstream.intrinsics.render import render
+from midstream.intrinsics.render import Tokenizing, render
 from midstream.intrinsics.spec import load_contract
 from midstream.intrinsics.transform import read_answer, transform
 from midstream.types import AdapterInfo, Chat, Completion, Usage
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +61,18 @@ async def call_intrinsic(
     arguments: Mapping[str, Any] | None = None,
 ) -> IntrinsicResult:
     """Call one intrinsic. Raises InputError, OutputError, or what the backend raises."""
+    return await _call(backend, Tokenizing(backend), adapter, conversation, arguments)
+
+
+async def _call(
+    backend: Backend,
+    tokenizing: Tokenizing,
+    adapter: AdapterInfo,
+    conversation: tuple[int, ...] | Chat,
+    arguments: Mapping[str, Any] | None,
+) -> IntrinsicResult:
     contract = load_contract(adapter)
-    rendered = await render(backend, adapter, contract, conversation, arguments)
+    rendered = await render(tokenizing, adapter, contract, conversation, arguments)
     completion = await backend.complete(rendered.request)
     choice = completion.choices[0]
     answer = read_answer(contract, choice.text, choice.logprobs, rendered.tagged)
@@ -84,15 +97,22 @@ async def call_intrinsics(
     conversation: tuple[int, ...] | Chat,
     arguments: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[IntrinsicResult | MidstreamError]:
-    """Call several intrinsics on one conversation together; one that fails leaves the others their results."""
+    """Call several intrinsics on one conversation together; one that fails leaves the others their results.
+
+    What one raises that is no MidstreamError is a fault of this program's. It is logged, and named without its text.
+    """
     known = {info.name: info for info in await backend.adapters()}
     arguments = arguments or {}
+    tokenizing = Tokenizing(backend)
 
     async def one(name: str) -> IntrinsicResult | MidstreamError:
         try:
-            return await call_intrinsic(backend, find(known, name), conversation, arguments.get(name))
+            return await _call(backend, tokenizing, find(known, name), conversation, arguments.get(name))
         except MidstreamError as error:
             return error
+        except Exception:
+            log.exception("intrinsic %s failed", name)
+            return MidstreamError(f"intrinsic {name} failed; the log has the reason")
 
     return await asyncio.gather(*(one(name) for name in names))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,14 +29,35 @@ class Rendered:
     prefix_rewritten: str | None = None
 
 
+class Tokenizing:
+    """A backend's tokens of chats. Those of a history are found once, however many calls at a time ask for them."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._histories: list[tuple[Chat, asyncio.Future[tuple[int, ...]]]] = []
+
+    async def chat(self, chat: Chat) -> tuple[int, ...]:
+        return await self._backend.tokenize(chat)
+
+    async def history(self, history: Chat) -> tuple[int, ...]:
+        tokens = next((tokens for known, tokens in self._histories if known == history), None)
+        if tokens is None:
+            tokens = asyncio.ensure_future(self._backend.tokenize(history))
+            self._histories.append((history, tokens))
+        return await tokens
+
+
 async def render(
-    backend: Backend,
+    tokenizing: Tokenizing,
     adapter: AdapterInfo,
     contract: Contract,
     conversation: tuple[int, ...] | Chat,
     arguments: Mapping[str, Any] | None = None,
 ) -> Rendered:
-    """The request that calls an intrinsic on a conversation, given as token ids or as messages."""
+    """The request that calls an intrinsic on a conversation, given as token ids or as messages.
+
+    What takes time with the length of the conversation is done in threads, so that an event loop goes on meanwhile.
+    """
     params = sampling_params(contract)
     if not contract.needs_messages:
         check_arguments(contract, arguments or {}, adapter.name)
@@ -45,23 +67,31 @@ async def render(
         reason = "has an instruction" if contract.rewrites is None else f"rewrites its prompt ({contract.rewrites})"
         raise ContractError(f"intrinsic {adapter.name} {reason}, so it needs messages, not token ids")
     conversation = judged(conversation, adapter)
-    history, tagged = rewrite_chat(conversation, contract)
-    chat = instruct(history, contract, arguments or {}, adapter.name)
-    request = await _request(backend, adapter, history, chat, params)
+    history, tagged, chat = await asyncio.to_thread(_written, conversation, contract, arguments or {}, adapter.name)
+    request = await _request(tokenizing, adapter, history, chat, params)
     return Rendered(request, tagged, contract.rewrites if history != conversation else None)
 
 
+def _written(
+    conversation: Chat, contract: Contract, arguments: Mapping[str, Any], name: str
+) -> tuple[Chat, Tagged, Chat]:
+    """The chat as the contract rewrites it, what of it may have tags, and that chat with the instruction."""
+    history, tagged = rewrite_chat(conversation, contract)
+    return history, tagged, instruct(history, contract, arguments, name)
+
+
 async def _request(
-    backend: Backend, adapter: AdapterInfo, history: Chat, chat: Chat, params: SamplingParams
+    tokenizing: Tokenizing, adapter: AdapterInfo, history: Chat, chat: Chat, params: SamplingParams
 ) -> Request:
     """The request for a chat, which is `history` and what was appended. It is invoked unless that does so itself."""
     if chat != history:
-        tokens = await backend.tokenize(chat)
-        start = find_last(tokens, adapter.invocation_tokens)
-        # Only one in what was appended counts: an earlier one is a quotation, or another call's.
-        shared = _common(tokens, await backend.tokenize(history))
-        if start is not None and start + len(adapter.invocation_tokens) > shared:
-            return Request(prompt=tokens, adapter=adapter.name, params=params)
+        tokens = await tokenizing.chat(chat)
+        start = await asyncio.to_thread(find_last, tokens, adapter.invocation_tokens)
+        if start is not None:
+            # Only one in what was appended counts: an earlier one is a quotation, or another call's.
+            end = start + len(adapter.invocation_tokens)
+            if (await tokenizing.history(history))[:end] != tokens[:end]:
+                return Request(prompt=tokens, adapter=adapter.name, params=params)
     return Request(prompt=chat, adapter=adapter.name, invoke=True, params=params)
 
 
@@ -92,9 +122,3 @@ def sampling_params(contract: Contract) -> SamplingParams:
         return SamplingParams(**given, constraint=contract.constraint())
     except (ValidationError, TypeError) as error:
         raise ContractError(f"io.yaml parameters {given}: {error}".replace("\n", " ")) from error
-
-
-def _common(one: tuple[int, ...], other: tuple[int, ...]) -> int:
-    """Length of the common prefix."""
-    limit = min(len(one), len(other))
-    return next((i for i in range(limit) if one[i] != other[i]), limit)

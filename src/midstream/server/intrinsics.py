@@ -47,7 +47,7 @@ def routes(service: Service) -> APIRouter:
             Exchange.of(http).fields["codes"] = codes
         return JSONResponse({"object": "list", "data": data, "seconds": time.perf_counter() - started})
 
-    @router.post("/v1/intrinsics/{name}")
+    @router.post("/v1/intrinsics/{name:path}")
     async def call(name: str, body: IntrinsicBody, http: HttpRequest) -> Response:
         """Call one intrinsic on a conversation."""
         adapter = service.intrinsic_of(name)

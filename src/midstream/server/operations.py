@@ -40,7 +40,8 @@ def routes(service: Service) -> APIRouter:
 
     @router.get("/v1/cache")
     async def cache(http: HttpRequest) -> dict[str, Any]:
-        """The KV cache: memory, hit rate and the tree's nodes. Under isolation, the caller's own nodes only."""
+        """The KV cache: memory, hit rate and the tree's nodes. Under isolation, the caller's own nodes only, and no
+        hits: they are counted over all keys."""
         scope = Exchange.of(http).caller.scope if service.config.isolate_cache else None
         stats = await service.engine.stats()
         nodes = await service.engine.cache_nodes(scope=scope, limit=_MAX_NODES + 1)
@@ -50,9 +51,9 @@ def routes(service: Service) -> APIRouter:
             "kv_total_bytes": stats.kv_total_bytes,
             "running": stats.running,
             "waiting": stats.queued,
-            "prefix_cache_queries": queried,
-            "prefix_cache_hits": hit,
-            "hit_rate": hit / queried if queried else None,
+            "prefix_cache_queries": queried if scope is None else None,
+            "prefix_cache_hits": hit if scope is None else None,
+            "hit_rate": hit / queried if scope is None and queried else None,
             "prefill_seconds_per_token": stats.prefill_seconds_per_token,
             "nodes": [asdict(node) for node in nodes[:_MAX_NODES]],
             "truncated": len(nodes) > _MAX_NODES,
@@ -61,24 +62,12 @@ def routes(service: Service) -> APIRouter:
     @router.post("/tokenize")
     async def tokenize(body: TokenizeBody) -> dict[str, Any]:
         """Token ids of a text, or of messages as the named model would see them."""
-        tokens = await asyncio.to_thread(_tokens, service, body)
-        found: dict[str, Any] = {
-            "count": len(tokens),
-            "max_model_len": service.engine.max_context_tokens,
-            "tokens": list(tokens),
-        }
-        if body.return_token_strs:
-            found["token_strs"] = [service.engine.chat.token_text(token) for token in tokens]
-        return found
+        return await asyncio.to_thread(_tokenized, service, body)
 
     @router.post("/detokenize")
     async def detokenize(body: DetokenizeBody) -> dict[str, Any]:
         """The text of token ids."""
-        service.adapter_of(body.model)
-        wrong = next((token for token in body.tokens if token >= service.engine.vocab_size), None)
-        if wrong is not None:
-            raise InputError(f"token id {wrong} is not in the vocabulary of {service.engine.vocab_size}")
-        return {"prompt": service.engine.chat.decode(body.tokens)}
+        return await asyncio.to_thread(_detokenized, service, body)
 
     if service.config.playground:
         _add_playground(router)
@@ -99,9 +88,29 @@ def _add_playground(router: APIRouter) -> None:
         return FileResponse(files[name], headers=_REVALIDATE)
 
 
+def _tokenized(service: Service, body: TokenizeBody) -> dict[str, Any]:
+    tokens = _tokens(service, body)
+    found: dict[str, Any] = {
+        "count": len(tokens),
+        "max_model_len": service.engine.max_context_tokens,
+        "tokens": list(tokens),
+    }
+    if body.return_token_strs:
+        found["token_strs"] = [service.engine.chat.token_text(token) for token in tokens]
+    return found
+
+
+def _detokenized(service: Service, body: DetokenizeBody) -> dict[str, Any]:
+    service.adapter_of(body.model)
+    wrong = next((token for token in body.tokens if token >= service.engine.vocab_size), None)
+    if wrong is not None:
+        raise InputError(f"token id {wrong} is not in the vocabulary of {service.engine.vocab_size}")
+    return {"prompt": service.engine.chat.decode(body.tokens)}
+
+
 def _tokens(service: Service, body: TokenizeBody) -> tuple[int, ...]:
-    adapter = service.adapter_of(body.model)
+    adapter, template_arguments = service.chosen(body.model, body.chat_template_kwargs)
     if body.messages is None:
         return service.engine.chat.encode(body.prompt or "")
-    chat = chat_of(body.messages, body.documents, body.tools, body.chat_template_kwargs)
+    chat = chat_of(body.messages, body.documents, body.tools, template_arguments)
     return prompt_of(service.engine.chat, chat, adapter, with_header=body.add_generation_prompt)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -63,7 +64,7 @@ class Turn(Part):
 
 class StreamOptions(Part):
     include_usage: bool = False
-    include_obfuscation: bool = False
+    include_obfuscation: Literal[False] = False
 
 
 class JsonSchemaFormat(Part):
@@ -83,6 +84,8 @@ class ResponseFormat(Part):
     def _check(self) -> Self:
         if self.type == "json_schema" and self.json_schema is None:
             raise ValueError("type json_schema needs json_schema")
+        if self.type != "json_schema" and self.json_schema is not None:
+            raise ValueError(f"json_schema goes with type json_schema, not with {self.type}")
         return self
 
 
@@ -142,13 +145,21 @@ class Sampling(Body):
             raise ValueError("response_format, structured_outputs and guided_json exclude each other")
         return self
 
+    @model_validator(mode="after")
+    def _streamed(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options go with stream: true")
+        return self
+
 
 class ChatBody(Sampling):
     """`POST /v1/chat/completions`."""
 
     messages: list[Turn] = Field(min_length=1)
     documents: list[Passage] | None = None
-    max_completion_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(
+        default=None, ge=1, description="The newer name of max_tokens. Mellea sends both; this one goes first."
+    )
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     tools: list[dict[str, Any]] | None = None
@@ -180,10 +191,20 @@ class IntrinsicBody(Body):
 class FanOutBody(Body):
     """`POST /v1/intrinsics`: several on one conversation. `arguments` are by intrinsic."""
 
-    names: list[Name] = Field(min_length=1, max_length=64)
+    names: list[Name] = Field(min_length=1, max_length=64, json_schema_extra={"uniqueItems": True})
     messages: list[Turn] = Field(min_length=1)
     documents: list[Passage] | None = None
     arguments: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        repeated = sorted(name for name, times in Counter(self.names).items() if times > 1)
+        if repeated:
+            raise ValueError(f"names has each intrinsic once; repeated: {', '.join(repeated)}")
+        unnamed = sorted(self.arguments.keys() - set(self.names))
+        if unnamed:
+            raise ValueError(f"arguments are for intrinsics that names does not have: {', '.join(unnamed)}")
+        return self
 
 
 class TokenizeBody(Body):
@@ -196,13 +217,16 @@ class TokenizeBody(Body):
     tools: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool = True
-    add_special_tokens: bool = False
+    add_special_tokens: Literal[False] = False
     return_token_strs: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give either prompt or messages")
+        with_messages = ("documents", "tools", "chat_template_kwargs")
+        if self.prompt is not None and (given := [name for name in with_messages if getattr(self, name)]):
+            raise ValueError(f"{', '.join(given)} go with messages, not with prompt")
         return self
 
 

@@ -126,14 +126,14 @@ def test_choices_and_regular_expressions(live: Running) -> None:
 
 
 def test_an_adapter_is_a_model_name(live: Running) -> None:
-    base = chat(live, temperature=0)
-    found = chat(live, model="jailbreak", max_tokens=None)
+    messages = [{"role": "user", "content": "an adapter of its own"}]
+    base = chat(live, temperature=0, messages=messages)
+    found = chat(live, model="jailbreak", max_tokens=None, messages=messages)
     assert found["model"] == "jailbreak"
     assert found["choices"][0]["message"]["content"] in ('"yes"', '"no"')
-    assert found["usage"]["prompt_tokens_details"]["cached_tokens"] == 19, "the base model's prompt is reused"
-    named = chat(
-        live, chat_template_kwargs={"adapter_name": "jailbreak"}, structured_outputs={"choice": ['"yes"', '"no"']}
-    )
+    assert found["usage"]["prompt_tokens_details"]["cached_tokens"] == 29, "the base model's prompt is reused"
+    by_name = {"adapter_name": "jailbreak"}
+    named = chat(live, chat_template_kwargs=by_name, max_tokens=40, messages=messages)
     assert named["choices"][0]["message"] == found["choices"][0]["message"]
     assert base["model"] == "tiny"
     free = chat(live, model="jailbreak", response_format={"type": "text"}, temperature=1.0, ignore_eos=True)

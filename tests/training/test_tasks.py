@@ -178,7 +178,7 @@ def test_the_constraint_that_decodes_an_answer_allows_what_was_trained(name: str
     compiler = ConstraintCompiler(chat.tokenizer, chat.encode, sorted(chat.eos_token_ids), VOCAB)
     constraint = contract.constraint()
     assert constraint is not None
-    matcher = compiler.compile(constraint, 96)
+    matcher = compiler.compile(constraint, 96)()
     written: list[int] = []
     target = list(encode(rows, task, chat, "<t>")[0].target)
     while not matcher.finished:

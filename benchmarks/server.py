@@ -13,6 +13,7 @@ import multiprocessing
 import statistics
 import time
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         for side, values in zip(("engine_first_s", "http_first_s"), zip(*pairs, strict=True), strict=True):
             rows[side].append(statistics.median(values))
         rows["added_first_s"].append(statistics.median([http - direct for direct, http in pairs]))
-        for side, run in (("engine_tok_s", _direct_args(engine)), ("http_tok_s", _http_args(ours))):
+        for side, run in (("engine_tok_s", partial(_direct, engine)), ("http_tok_s", partial(_http, ours))):
             started = time.perf_counter()
             await run(arguments.streams, arguments.tokens)
             rows[side].append(arguments.streams * arguments.tokens / (time.perf_counter() - started))
@@ -78,14 +79,6 @@ async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "spread": {name: spread(values) for name, values in rows.items()},
         "rounds": rows,
     }
-
-
-def _direct_args(engine: AsyncEngine) -> Any:
-    return lambda streams, tokens: _direct(engine, streams, tokens)
-
-
-def _http_args(pipe: Any) -> Any:
-    return lambda streams, tokens: _http(pipe, streams, tokens)
 
 
 async def _direct(engine: AsyncEngine, streams: int, tokens: int) -> list[float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,8 @@ import pytest
 from midstream.backend import Backend
 from midstream.errors import AdapterNotFound, ContractError, InputError, MidstreamError, OutputError
 from midstream.intrinsics import call_intrinsics, load_contract, render
-from midstream.types import (
-    AdapterInfo,
-    Chat,
-    Choice,
-    Completion,
-    CompletionChoice,
-    Delta,
-    JsonSchema,
-    Message,
-    Request,
-    Score,
-    Usage,
-)
+from midstream.types import AdapterInfo, Chat, Choice, Completion, JsonSchema, Message, Request
+from tests.intrinsics.backends import Answering
 
 CHAT = Chat(messages=(Message(role="user", content="one"), Message(role="assistant", content="two")))
 
@@ -42,33 +31,17 @@ def contract(folder: Path, text: str) -> Path:
     return folder
 
 
-class Recorder:
-    """A Backend that answers each request with a fixed text."""
+class Recorder(Answering):
+    """Answers with a fixed text that is certain. `tokens` are those of every chat; CHAT has the first `shared`."""
 
     def __init__(
         self, infos: Sequence[AdapterInfo], text: str, tokens: tuple[int, ...] = (1, 2), shared: int = 1
     ) -> None:
-        self.shared = shared
-        self.infos, self.text, self.tokens = tuple(infos), text, tokens
-        self.requests: list[Request] = []
-
-    async def complete(self, request: Request) -> Completion:
-        self.requests.append(request)
-        shares = {self.text: 1.0} if isinstance(request.params.constraint, Choice) else None
-        choice = CompletionChoice(0, self.text, (3,), "stop", None, shares)
-        return Completion("r", (choice,), Usage(9, 7, 0, 2, 1, 1), (1,), request.adapter, 7, 0.1)
-
-    def stream(self, request: Request) -> AsyncIterator[Delta]:
-        raise NotImplementedError
-
-    async def score(self, request: Request, continuations: Sequence[Sequence[int]]) -> Score:
-        raise NotImplementedError
+        super().__init__(infos, text, shares={text: 1.0})
+        self._chat, self._shared = tokens, shared
 
     async def tokenize(self, prompt: str | Chat) -> tuple[int, ...]:
-        return self.tokens if prompt != CHAT else self.tokens[: self.shared]
-
-    async def adapters(self) -> tuple[AdapterInfo, ...]:
-        return self.infos
+        return self._chat if prompt != CHAT else self._chat[: self._shared]
 
 
 LABELS = """

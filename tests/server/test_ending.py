@@ -73,6 +73,16 @@ def body(**more: Any) -> dict[str, Any]:
     return {"messages": messages, "temperature": 0, "ignore_eos": True, "max_tokens": 20, **more}
 
 
+def read(url: str, tokens: int, begun: threading.Barrier, ended: list[list[str]]) -> None:
+    """Stream an answer, wait at `begun` after its first line, and add the rest of its lines to `ended`."""
+    wanted = body(stream=True, max_tokens=tokens)
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=wanted, timeout=60) as response:
+        lines = response.iter_lines()
+        next(lines)
+        begun.wait(30)
+        ended.append([line for line in lines if line])
+
+
 def test_two_processes_give_the_same_greedy_answers(folder: Path) -> None:
     settings = folder / "server.yaml"
     settings.write_text(f"served-name: mine\nadapters: [{folder / 'adapters' / 'jailbreak'}]\nport: 1\n")
@@ -93,26 +103,16 @@ def test_two_processes_give_the_same_greedy_answers(folder: Path) -> None:
 
 def test_a_signal_under_load_lets_running_requests_finish_and_refuses_new_ones(folder: Path) -> None:
     with process(folder, "--shutdown-timeout-s", "60") as (url, server):
-        outcomes: list[Any] = []
+        ended: list[list[str]] = []
         begun = threading.Barrier(5)
-
-        def stream() -> None:
-            with httpx.stream(
-                "POST", f"{url}/v1/chat/completions", json=body(stream=True, max_tokens=600), timeout=60
-            ) as r:
-                lines = r.iter_lines()
-                next(lines)
-                begun.wait(30)
-                outcomes.append([line for line in lines if line][-1])
-
-        threads = [threading.Thread(target=stream) for _ in range(4)]
+        threads = [threading.Thread(target=read, args=(url, 600, begun, ended)) for _ in range(4)]
         for thread in threads:
             thread.start()
         begun.wait(30)
         server.send_signal(signal.SIGTERM)
         for thread in threads:
             thread.join()
-        assert outcomes == ["data: [DONE]"] * 4
+        assert [lines[-1] for lines in ended] == ["data: [DONE]"] * 4
         assert server.wait(30) == -signal.SIGTERM
         with pytest.raises(httpx.TransportError):
             httpx.get(f"{url}/health")
@@ -120,26 +120,17 @@ def test_a_signal_under_load_lets_running_requests_finish_and_refuses_new_ones(f
 
 def test_what_does_not_finish_in_time_is_told_so(folder: Path) -> None:
     with process(folder, "--shutdown-timeout-s", "0.3") as (url, server):
-        ended: list[Any] = []
+        ended: list[list[str]] = []
         begun = threading.Barrier(2)
-
-        def stream() -> None:
-            with httpx.stream(
-                "POST", f"{url}/v1/chat/completions", json=body(stream=True, max_tokens=2000), timeout=60
-            ) as r:
-                lines = r.iter_lines()
-                next(lines)
-                begun.wait(30)
-                ended.extend(line for line in lines if line)
-
-        thread = threading.Thread(target=stream)
+        thread = threading.Thread(target=read, args=(url, 2000, begun, ended))
         thread.start()
         begun.wait(30)
         server.send_signal(signal.SIGTERM)
         thread.join()
         assert server.wait(30) == -signal.SIGTERM
-        assert ended[-1] == "data: [DONE]"
-        assert json.loads(ended[-2].removeprefix("data: "))["error"]["code"] == "engine_stopped"
+        (lines,) = ended
+        assert lines[-1] == "data: [DONE]"
+        assert json.loads(lines[-2].removeprefix("data: "))["error"]["code"] == "engine_stopped"
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 import socket
+import sys
 import threading
 import time
 from collections import Counter
@@ -19,6 +20,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from midstream.server import tracing
 from tests.helpers import tiny_llama
 from tests.server.running import ADAPTERS, Running, make_engine, running, settled
 from tests.tiny import tiny_engine
@@ -149,3 +151,13 @@ def test_spans_below_the_callers(live: Running) -> None:
         assert span.attributes is not None
         assert span.attributes["gen_ai.request.model"] == model
         assert span.attributes["gen_ai.usage.input_tokens"] > 0
+
+
+def test_an_endpoint_for_spans_without_the_exporter_is_said_and_stops_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
+    monkeypatch.setattr(trace, "get_tracer_provider", object)
+    tracing.set_up()
+    assert "opentelemetry-exporter-otlp-proto-http" in caplog.text

@@ -390,6 +390,10 @@ def test_a_full_disk_for_logs_stops_nothing(live: Running) -> None:
     logger.setLevel(logging.INFO)
     try:
         assert live.client.post("/v1/chat/completions", json={**CHAT, "max_tokens": 2}).status_code == 200
+        for _ in range(200):  # the line is written when the answer has been sent
+            if handler.lost:
+                break
+            time.sleep(0.01)
     finally:
         logger.removeHandler(handler)
         logger.setLevel(logging.NOTSET)

@@ -86,10 +86,8 @@ class Front:
 
         try:
             await self._pass(scope, headers, exchange, receive, answer)
-        except AccessError as error:
+        except (AccessError, EngineStopped) as error:
             exchange.fields["code"] = error.code
-            await error_response(error)(scope, receive, answer)
-        except EngineStopped as error:
             await error_response(error)(scope, receive, answer)
         except Exception:
             log.exception("request %s failed", exchange.id)

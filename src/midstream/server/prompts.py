@@ -47,24 +47,24 @@ def prompt_of(
     if not invocation:
         return prompt  # a plain LoRA without a calling text answers like the base model does
     start = find_last(prompt, invocation)
-    if start is not None and start + len(invocation) > _settled(tokenizer, chat, prompt):
-        return prompt
+    if start is not None:
+        end = start + len(invocation)
+        if _before_the_last(tokenizer, chat)[:end] != prompt[:end]:
+            return prompt
     return (*tokenizer.history(chat), *invocation)
 
 
-def _settled(tokenizer: ChatTokenizer, chat: Chat, prompt: tuple[int, ...]) -> int:
-    """How much of the prompt was there before the last message."""
+def _before_the_last(tokenizer: ChatTokenizer, chat: Chat) -> tuple[int, ...]:
+    """The history without its last message."""
     before = chat.model_copy(
         update={"appended": chat.appended[:-1]} if chat.appended else {"messages": chat.messages[:-1]}
     )
     if not before.messages:
-        return 0
+        return ()
     try:
-        earlier = tokenizer.history(before)
+        return tokenizer.history(before)
     except InputError:
-        return 0  # a template that takes no conversation without its last turn
-    limit = min(len(earlier), len(prompt))
-    return next((i for i in range(limit) if earlier[i] != prompt[i]), limit)
+        return ()  # a template that takes no conversation without its last turn
 
 
 def _instruction_apart(chat: Chat, adapter: AdapterInfo) -> Chat:

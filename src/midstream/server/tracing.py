@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-_AVAILABLE = (
-    importlib.util.find_spec("opentelemetry.sdk") is not None
-    if (importlib.util.find_spec("opentelemetry") is not None)
-    else False
-)
+log = logging.getLogger(__name__)
+
+# Looked up in this order: the second fails where there is no such package at all.
+_AVAILABLE = all(importlib.util.find_spec(name) for name in ("opentelemetry", "opentelemetry.sdk"))
 
 
 def set_up() -> None:
@@ -28,8 +28,11 @@ def set_up() -> None:
 
     if isinstance(trace.get_tracer_provider(), TracerProvider):
         return
-    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-
+    try:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    except ImportError:
+        log.warning("no spans are sent: install opentelemetry-exporter-otlp-proto-http")
+        return
     provider = TracerProvider()
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     trace.set_tracer_provider(provider)

@@ -9,7 +9,7 @@ from torch import nn
 from midstream.models.linear import AdapterLinear, DeltaContext, padded_rows
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs a torch that is built with oneDNN")
 @pytest.mark.parametrize("rows", [1, 2, 16, 17, 24, 31, 127, 128, 129, 300])
 @pytest.mark.parametrize("bias", [False, True])
 @torch.inference_mode()

@@ -393,7 +393,9 @@ def test_bars_of_the_tree_never_overlap(visit: Open) -> None:
     assert drawn["rows"] == len(bars) < 40
 
 
-@pytest.mark.skipif("MIDSTREAM_SCREENSHOT" not in os.environ, reason="MIDSTREAM_SCREENSHOT names no path")
+@pytest.mark.skipif(
+    "MIDSTREAM_SCREENSHOT" not in os.environ, reason="set MIDSTREAM_SCREENSHOT to the path of a picture to take one"
+)
 def test_screenshot(browser: Browser, server_url: str) -> None:
     """Of the server at MIDSTREAM_SCREENSHOT_URL where that is set, such as one with the default model."""
     url = os.environ.get("MIDSTREAM_SCREENSHOT_URL", server_url)

@@ -29,8 +29,8 @@ class Backend(Protocol):
         """Log-probabilities of each continuation (token ids) after the request's prompt."""
         ...
 
-    async def tokenize(self, prompt: str | Chat) -> tuple[int, ...]:
-        """Token ids of a text (no special tokens added), or of a chat with the assistant's header."""
+    async def tokenize(self, prompt: str | Chat, *, header: bool = True) -> tuple[int, ...]:
+        """Token ids of a text (no special tokens added), or of a chat, with the assistant's header unless told not."""
         ...
 
     async def adapters(self) -> tuple[AdapterInfo, ...]:
@@ -99,8 +99,8 @@ class SyncBackend:
     def score(self, request: Request, continuations: Sequence[Sequence[int]]) -> Score:
         return self._portal.run(self._backend.score(request, continuations))
 
-    def tokenize(self, prompt: str | Chat) -> tuple[int, ...]:
-        return self._portal.run(self._backend.tokenize(prompt))
+    def tokenize(self, prompt: str | Chat, *, header: bool = True) -> tuple[int, ...]:
+        return self._portal.run(self._backend.tokenize(prompt, header=header))
 
     def adapters(self) -> tuple[AdapterInfo, ...]:
         return self._portal.run(self._backend.adapters())

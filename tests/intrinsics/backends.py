@@ -55,7 +55,7 @@ class Answering:
     async def score(self, request: Request, continuations: Sequence[Sequence[int]]) -> Score:
         raise NotImplementedError
 
-    async def tokenize(self, prompt: str | Chat) -> tuple[int, ...]:
+    async def tokenize(self, prompt: str | Chat, *, header: bool = True) -> tuple[int, ...]:
         """No token in common, and no invocation."""
         return (1, 2) if isinstance(prompt, str) or prompt.appended else (3,)
 

@@ -40,7 +40,7 @@ class Recorder(Answering):
         super().__init__(infos, text, shares={text: 1.0})
         self._chat, self._shared = tokens, shared
 
-    async def tokenize(self, prompt: str | Chat) -> tuple[int, ...]:
+    async def tokenize(self, prompt: str | Chat, *, header: bool = True) -> tuple[int, ...]:
         return self._chat if prompt != CHAT else self._chat[: self._shared]
 
 
@@ -142,7 +142,7 @@ class Slow(Recorder):
 
     tokenized: list[Chat]
 
-    async def tokenize(self, prompt: str | Chat) -> tuple[int, ...]:
+    async def tokenize(self, prompt: str | Chat, *, header: bool = True) -> tuple[int, ...]:
         assert isinstance(prompt, Chat)
         self.tokenized.append(prompt)
         await asyncio.sleep(0)

@@ -122,9 +122,10 @@ class AsyncEngine:
         assert isinstance(outcome, Score)
         return outcome
 
-    async def tokenize(self, prompt: str | Chat) -> tuple[int, ...]:
-        read = self.chat.encode if isinstance(prompt, str) else self.chat.prompt
-        return await asyncio.to_thread(read, prompt)  # type: ignore[arg-type]
+    async def tokenize(self, prompt: str | Chat, *, header: bool = True) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            return await asyncio.to_thread(self.chat.encode, prompt)
+        return await asyncio.to_thread(self.chat.prompt if header else self.chat.history, prompt)
 
     async def adapters(self) -> tuple[AdapterInfo, ...]:
         return self.adapter_infos()

@@ -119,8 +119,8 @@ class ScopedBackend:
     async def score(self, request: Request, continuations: Any) -> Any:
         return await self._service.engine.score(self._mine(request), continuations)
 
-    async def tokenize(self, prompt: Any) -> tuple[int, ...]:
-        return await self._service.engine.tokenize(prompt)
+    async def tokenize(self, prompt: Any, *, header: bool = True) -> tuple[int, ...]:
+        return await self._service.engine.tokenize(prompt, header=header)
 
     async def adapters(self) -> tuple[AdapterInfo, ...]:
         return self._service.engine.adapter_infos()

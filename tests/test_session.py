@@ -80,10 +80,23 @@ def test_the_answer_is_kept_as_its_tokens_and_a_parting_is_told(engine: Engine) 
     assert "token" in reply.parting.reason
 
 
-def test_a_call_that_renders_the_history_anew_says_where_the_prefix_was_lost(engine: Engine) -> None:
-    folder = Path(next(info for info in engine.adapters() if info.name == "check").path)
-    (folder / "io.yaml").write_text(LABELS + "instruction: 'Well?'\n")
-    engine.load_adapter(folder, name="check")
+def test_an_instruction_stands_behind_the_tokens_that_are_held(engine: Engine) -> None:
+    _give_contract(engine, "instruction: 'Well?'\n")
+    talk = engine.conversation()
+    talk.user("hello")
+    talk.reply(max_tokens=20, temperature=1.5, seed=1)
+    assert talk.parting() is not None, "rendering it anew would lose the answer"
+    held = talk.token_ids
+    result = talk.call("check")
+    prompt = result.completion.prompt_token_ids
+    assert prompt[: len(held)] == held
+    assert tiny_chat().decode(prompt[len(held) :]) == "<|im_start|>user\nWell?<|im_end|>\n<|im_start|>check\n"
+    assert result.usage.computed_tokens == len(prompt) - len(held)
+    assert result.parting is None
+
+
+def test_a_call_that_rewrites_the_history_says_where_the_prefix_was_lost(engine: Engine) -> None:
+    _give_contract(engine, "sentence_boundaries: {last_message: c}\n")
     talk = engine.conversation()
     talk.user("hello")
     talk.reply(max_tokens=20, temperature=1.5, seed=1)
@@ -91,6 +104,12 @@ def test_a_call_that_renders_the_history_anew_says_where_the_prefix_was_lost(eng
     assert result.parting is not None
     assert result.usage.cached_tokens <= result.parting.at
     assert talk.call("guard").parting is None
+
+
+def _give_contract(engine: Engine, more: str) -> None:
+    folder = Path(next(info for info in engine.adapters() if info.name == "check").path)
+    (folder / "io.yaml").write_text(LABELS + more)
+    engine.load_adapter(folder, name="check")
 
 
 def test_the_reason_of_a_parting() -> None:

@@ -17,10 +17,9 @@ from midstream.engine.engine import AsyncEngine
 from midstream.errors import InputError, MidstreamError
 from midstream.history import Parting, find_parting
 from midstream.intrinsics.call import IntrinsicResult, call_intrinsic, call_intrinsics, find
-from midstream.intrinsics.render import judged
-from midstream.intrinsics.spec import load_contract
 from midstream.library import library_adapters
 from midstream.models.source import DEFAULT_MODEL
+from midstream.transcript import Transcript
 from midstream.types import AdapterInfo, Chat, Completion, Delta, Document, Message, Request, SamplingParams
 
 
@@ -104,38 +103,33 @@ class Engine:
 
 
 class Conversation:
-    """Messages together with the very token ids that were computed for them.
-
-    A generated answer is kept as its tokens and never tokenized again, so what the base model has computed stays
-    reusable whatever the chat template does to it.
-    """
+    """A transcript that grows: messages together with the very token ids that were computed for them."""
 
     def __init__(self, engine: Engine, messages: Sequence[Message] = ()) -> None:
         self.engine = engine
-        self.messages: tuple[Message, ...] = ()
-        self.token_ids: tuple[int, ...] = ()
-        self._ends: dict[str, int] = {}
+        self.transcript = Transcript()
         self._warming: Future[None] | None = None
-        for message in messages:
-            self._add(message)
+        self._add(*messages)
 
     @classmethod
     def from_chat(cls, engine: Engine, chat: Chat) -> Conversation:
         """A conversation from a chat file; its documents go to the last user turn."""
-        last = max((i for i, m in enumerate(chat.messages) if m.role == "user"), default=None)
-        if chat.documents and last is None:
-            raise InputError("documents need a user message to stand in")
-        messages = [
-            m.model_copy(update={"documents": (*m.documents, *chat.documents)}) if i == last else m
-            for i, m in enumerate(chat.messages)
-        ]
-        return cls(engine, messages)
+        conversation = cls(engine)
+        conversation.transcript = engine.portal.run(Transcript.of(engine.aio, chat))
+        return conversation
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        return self.transcript.messages
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return self.transcript.tokens
 
     def branch(self) -> Conversation:
         """A copy that goes its own way. No KV is copied: both share what is computed up to here."""
         other = Conversation(self.engine)
-        other.messages, other.token_ids, other._ends = self.messages, self.token_ids, dict(self._ends)
-        other._warming = self._warming
+        other.transcript, other._warming = self.transcript, self._warming
         return other
 
     def user(self, text: str, documents: Sequence[Document] = ()) -> Conversation:
@@ -156,11 +150,9 @@ class Conversation:
 
     async def areply(self, *, on_text: Callable[[str], None] | None = None, **sampling: Any) -> Reply:
         """Like `reply`. The answer is added only when it is whole."""
-        if not self.messages or self.messages[-1].role == "assistant":
-            raise InputError("there is no user turn to answer: add one with user()")
         if sampling.get("n", 1) != 1:
             raise InputError("a conversation takes one answer: branch() it to compare several")
-        prompt = (*self.token_ids, *self.engine.aio.chat.reply_header(Chat(messages=self.messages)))
+        prompt = await self.transcript.prompt(self.engine.aio)
         request = Request(prompt=prompt, params=SamplingParams(**sampling))
         completion: Completion | None = None
         async for delta in self.engine.aio.stream(request):
@@ -168,7 +160,9 @@ class Conversation:
                 on_text(delta.text)
             completion = delta.completion or completion
         assert completion is not None
-        self._append_answer(completion, prompt)
+        self.transcript = await self.transcript.answered(self.engine.aio, prompt, completion.choices[0])
+        # On the portal's loop, not the caller's: the next call may come from another one.
+        self._warming = self.engine.portal.submit(self._warm(self.token_ids))
         return Reply(completion.text, completion, self.parting())
 
     def call(self, name: str, *, keep: bool = False, arguments: Mapping[str, Any] | None = None) -> IntrinsicResult:
@@ -181,13 +175,13 @@ class Conversation:
         """Like `call`. With `keep`, the base model will re-read the invocation and the answer as its own tokens."""
         await self._warmed()
         known = {info.name: info for info in await self.engine.aio.adapters()}
-        info = find(known, name)
-        judged_part = self._judged(info)
-        result = await call_intrinsic(self.engine.aio, info, judged_part, arguments)
-        if isinstance(judged_part, Chat):
+        if not self.messages:
+            raise InputError("the conversation is empty: there is nothing to judge")
+        result = await call_intrinsic(self.engine.aio, find(known, name), self.transcript, arguments)
+        if result.prefix_rewritten is not None:
             result = replace(result, parting=self.parting())
         if keep:
-            self._keep(result)
+            await self._keep(result)
         return result
 
     def call_many(self, names: Sequence[str]) -> list[IntrinsicResult | MidstreamError]:
@@ -207,30 +201,9 @@ class Conversation:
 
     # ------------------------------------------------------------------ inside
 
-    def _add(self, message: Message) -> None:
-        """Append what the template adds for one more message; what is held stays as it is."""
-        chat = self.engine.aio.chat
-        after = chat.history(Chat(messages=(*self.messages, message)))
-        before = chat.history(Chat(messages=self.messages)) if self.messages else ()
-        if after[: len(before)] != before:
-            parting = find_parting(before, after, chat.decode)
-            raise InputError(
-                "the chat template rewrites earlier turns when one is added, so they cannot be kept: "
-                + (parting.reason if parting else "it drops some")
-            )
-        self._set(message, (*self.token_ids, *after[len(before) :]))
-
-    def _append_answer(self, completion: Completion, prompt: tuple[int, ...]) -> None:
-        chat = self.engine.aio.chat
-        answer = Message(role="assistant", content=completion.text)
-        rendered = chat.history(Chat(messages=(*self.messages, answer)))
-        closing = _closing(rendered, chat.eos_token_ids)
-        tokens = completion.token_ids
-        if tokens and tokens[-1] in chat.eos_token_ids:
-            closing = closing[1:]
-        self._set(answer, (*prompt, *tokens, *closing))
-        # On the portal's loop, not the caller's: the next call may come from another one.
-        self._warming = self.engine.portal.submit(self._warm(self.token_ids))
+    def _add(self, *messages: Message) -> None:
+        if messages:
+            self.transcript = self.engine.portal.run(self.transcript.add(self.engine.aio, *messages))
 
     async def _warm(self, tokens: tuple[int, ...]) -> None:
         """Compute the turn's closing tokens now, while the caller reads the answer, so that a call finds all there."""
@@ -243,39 +216,10 @@ class Conversation:
         if self._warming is not None:
             await asyncio.shield(asyncio.wrap_future(self._warming))
 
-    def _set(self, message: Message, tokens: tuple[int, ...]) -> None:
-        self.messages = (*self.messages, message)
-        self.token_ids = tokens
-        self._ends[message.role] = len(tokens)
-
-    def _judged(self, info: AdapterInfo) -> tuple[int, ...] | Chat:
-        """The tokens up to the end of the turn that the adapter judges; messages where its contract rewrites them."""
-        if not self.messages:
-            raise InputError("the conversation is empty: there is nothing to judge")
-        chat = Chat(messages=self.messages)
-        reads = str(info.metadata.get("reads", "any"))
-        judged(chat, info)  # refuses a conversation without such a turn
-        if load_contract(info).needs_messages:
-            return chat
-        return self.token_ids if reads == "any" else self.token_ids[: self._ends[reads]]
-
-    def _keep(self, result: IntrinsicResult) -> None:
-        chat = self.engine.aio.chat
+    async def _keep(self, result: IntrinsicResult) -> None:
         prompt = result.completion.prompt_token_ids
         if result.prefix_rewritten is not None:
             raise InputError(f"{result.intrinsic} rewrote what it judged, so its answer cannot be kept at the end")
         if prompt[: len(self.token_ids)] != self.token_ids:
             raise InputError(f"{result.intrinsic} judged an earlier turn, so its answer cannot be kept at the end")
-        tokens = result.completion.token_ids
-        end = () if tokens and tokens[-1] in chat.eos_token_ids else (min(chat.eos_token_ids),)
-        newline = chat.encode("\n")
-        message = Message(role="assistant", content=result.completion.text)
-        self._set(message, (*prompt, *tokens, *end, *newline))
-
-
-def _closing(rendered: tuple[int, ...], eos: frozenset[int]) -> tuple[int, ...]:
-    """What the template puts after an answer: from the last end-of-sequence token on."""
-    for index in range(len(rendered) - 1, -1, -1):
-        if rendered[index] in eos:
-            return rendered[index:]
-    return ()
+        self.transcript = await self.transcript.answered(self.engine.aio, prompt, result.completion.choices[0])

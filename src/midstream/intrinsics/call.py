@@ -13,10 +13,10 @@ from midstream.backend import Backend
 from midstream.errors import AdapterNotFound, MidstreamError
 from midstream.history import Parting
 from midstream.intrinsics.parse import parse
-from midstream.intrinsics.render import Tokenizing, render
+from midstream.intrinsics.render import Conversation, Tokenizing, render
 from midstream.intrinsics.spec import load_contract
 from midstream.intrinsics.transform import read_answer, transform
-from midstream.types import AdapterInfo, Chat, Completion, Usage
+from midstream.types import AdapterInfo, Completion, Usage
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class IntrinsicResult:
 async def call_intrinsic(
     backend: Backend,
     adapter: AdapterInfo,
-    conversation: tuple[int, ...] | Chat,
+    conversation: Conversation,
     arguments: Mapping[str, Any] | None = None,
 ) -> IntrinsicResult:
     """Call one intrinsic. Raises InputError, OutputError, or what the backend raises."""
@@ -68,7 +68,7 @@ async def _call(
     backend: Backend,
     tokenizing: Tokenizing,
     adapter: AdapterInfo,
-    conversation: tuple[int, ...] | Chat,
+    conversation: Conversation,
     arguments: Mapping[str, Any] | None,
 ) -> IntrinsicResult:
     contract = load_contract(adapter)
@@ -94,7 +94,7 @@ async def _call(
 async def call_intrinsics(
     backend: Backend,
     names: Sequence[str],
-    conversation: tuple[int, ...] | Chat,
+    conversation: Conversation,
     arguments: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[IntrinsicResult | MidstreamError]:
     """Call several intrinsics on one conversation together; one that fails leaves the others their results.

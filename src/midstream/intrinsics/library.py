@@ -13,8 +13,9 @@ from typing import Any
 from midstream.backend import Backend
 from midstream.errors import ContractError, OutputError
 from midstream.intrinsics.call import IntrinsicResult, call_intrinsic, find
+from midstream.intrinsics.render import Conversation
 from midstream.intrinsics.spec import Contract, load_contract
-from midstream.types import AdapterInfo, Chat
+from midstream.types import AdapterInfo
 
 _BINS = 10  # certainty's digit k stands for a chance of (k + 0.5) / 10
 _QUESTION = "rewritten_question"
@@ -72,48 +73,54 @@ class RequirementCheck:
     call: IntrinsicResult
 
 
-async def query_rewrite(backend: Backend, chat: Chat, *, adapter: str = "query_rewrite") -> QueryRewrite:
+async def query_rewrite(
+    backend: Backend, conversation: Conversation, *, adapter: str = "query_rewrite"
+) -> QueryRewrite:
     """Rewrite the last question so that it needs no conversation."""
     info, contract = await _loaded(backend, adapter)
     properties = (contract.json_schema or {}).get("properties") or {}
     if contract.transformations or _QUESTION not in properties:
         raise _another(adapter, contract, f"an object with {_QUESTION!r}")
-    call = await call_intrinsic(backend, info, chat)
+    call = await call_intrinsic(backend, info, conversation)
     question = call.result.get(_QUESTION) if isinstance(call.result, dict) else None
     if not isinstance(question, str):
         raise OutputError(f"adapter {adapter} gave {call.result!r}, which has no {_QUESTION}")
     return QueryRewrite(question, call)
 
 
-async def answerability(backend: Backend, chat: Chat, *, adapter: str = "answerability") -> Answerability:
+async def answerability(
+    backend: Backend, conversation: Conversation, *, adapter: str = "answerability"
+) -> Answerability:
     """Tell whether the documents answer the last question."""
-    call = await _choose(backend, adapter, chat, ("answerable", "unanswerable"))
+    call = await _choose(backend, adapter, conversation, ("answerable", "unanswerable"))
     return Answerability(call.result == "answerable", _share(call, "answerable"), call)
 
 
-async def certainty(backend: Backend, chat: Chat, *, adapter: str = "certainty") -> Certainty:
+async def certainty(backend: Backend, conversation: Conversation, *, adapter: str = "certainty") -> Certainty:
     """Tell how likely the last answer is right."""
-    call = await _choose(backend, adapter, chat, tuple(range(_BINS)))
+    call = await _choose(backend, adapter, conversation, tuple(range(_BINS)))
     return Certainty(sum(_share(call, k) * (k + 0.5) / _BINS for k in range(_BINS)), call)
 
 
-async def hallucination(backend: Backend, chat: Chat, *, adapter: str = "hallucination") -> Hallucination:
+async def hallucination(
+    backend: Backend, conversation: Conversation, *, adapter: str = "hallucination"
+) -> Hallucination:
     """Tell whether the last answer keeps to the documents."""
-    call = await _choose(backend, adapter, chat, ("grounded", "ungrounded"))
+    call = await _choose(backend, adapter, conversation, ("grounded", "ungrounded"))
     return Hallucination(call.result == "grounded", _share(call, "grounded"), call)
 
 
-async def jailbreak(backend: Backend, chat: Chat, *, adapter: str = "jailbreak") -> Jailbreak:
+async def jailbreak(backend: Backend, conversation: Conversation, *, adapter: str = "jailbreak") -> Jailbreak:
     """Tell whether the last user turn is an attack on the assistant's rules."""
-    call = await _choose(backend, adapter, chat, ("yes", "no"))
+    call = await _choose(backend, adapter, conversation, ("yes", "no"))
     return Jailbreak(call.result == "yes", _share(call, "yes"), call)
 
 
 async def requirement_check(
-    backend: Backend, chat: Chat, requirement: str, *, adapter: str = "requirement_check"
+    backend: Backend, conversation: Conversation, requirement: str, *, adapter: str = "requirement_check"
 ) -> RequirementCheck:
     """Tell whether the last answer meets a requirement, given in words."""
-    call = await _choose(backend, adapter, chat, ("met", "not_met"), {"requirement": requirement})
+    call = await _choose(backend, adapter, conversation, ("met", "not_met"), {"requirement": requirement})
     return RequirementCheck(call.result == "met", _share(call, "met"), call)
 
 
@@ -125,7 +132,7 @@ async def _loaded(backend: Backend, adapter: str) -> tuple[AdapterInfo, Contract
 async def _choose(
     backend: Backend,
     adapter: str,
-    chat: Chat,
+    conversation: Conversation,
     labels: tuple[str | int, ...],
     arguments: Mapping[str, Any] | None = None,
 ) -> IntrinsicResult:
@@ -133,7 +140,7 @@ async def _choose(
     info, contract = await _loaded(backend, adapter)
     if contract.transformations or set(contract.options()) != set(labels):
         raise _another(adapter, contract, f"one of {', '.join(map(repr, labels))}")
-    call = await call_intrinsic(backend, info, chat, arguments)
+    call = await call_intrinsic(backend, info, conversation, arguments)
     if call.probabilities is None:
         raise OutputError(f"adapter {adapter} answered {call.result!r} without the probabilities of its labels")
     return call

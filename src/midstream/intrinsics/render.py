@@ -15,7 +15,10 @@ from midstream.errors import ContractError, InputError
 from midstream.intrinsics.rewrite import TOP_LOGPROBS, check_arguments, instruct, rewrite_chat
 from midstream.intrinsics.sentences import Tagged
 from midstream.intrinsics.spec import Contract
+from midstream.transcript import Transcript
 from midstream.types import AdapterInfo, Chat, Request, SamplingParams
+
+Conversation = tuple[int, ...] | Chat | Transcript
 
 _PARAMETERS = {"max_completion_tokens": "max_tokens"}
 
@@ -33,16 +36,16 @@ class Tokenizing:
     """A backend's tokens of chats. Those of a history are found once, however many calls at a time ask for them."""
 
     def __init__(self, backend: Backend) -> None:
-        self._backend = backend
+        self.backend = backend
         self._histories: list[tuple[Chat, asyncio.Future[tuple[int, ...]]]] = []
 
     async def chat(self, chat: Chat) -> tuple[int, ...]:
-        return await self._backend.tokenize(chat)
+        return await self.backend.tokenize(chat)
 
     async def history(self, history: Chat) -> tuple[int, ...]:
         tokens = next((tokens for known, tokens in self._histories if known == history), None)
         if tokens is None:
-            tokens = asyncio.ensure_future(self._backend.tokenize(history))
+            tokens = asyncio.ensure_future(self.backend.tokenize(history))
             self._histories.append((history, tokens))
         return await tokens
 
@@ -51,25 +54,46 @@ async def render(
     tokenizing: Tokenizing,
     adapter: AdapterInfo,
     contract: Contract,
-    conversation: tuple[int, ...] | Chat,
+    conversation: Conversation,
     arguments: Mapping[str, Any] | None = None,
 ) -> Rendered:
-    """The request that calls an intrinsic on a conversation, given as token ids or as messages.
+    """The request that calls an intrinsic on a conversation, given as token ids, as messages or as both.
 
     What takes time with the length of the conversation is done in threads, so that an event loop goes on meanwhile.
     """
     params = sampling_params(contract)
+    conversation = judged(conversation, adapter)
     if not contract.needs_messages:
         check_arguments(contract, arguments or {}, adapter.name)
-        prompt = judged(conversation, adapter) if isinstance(conversation, Chat) else conversation
+        prompt = conversation.tokens if isinstance(conversation, Transcript) else conversation
         return Rendered(Request(prompt=prompt, adapter=adapter.name, invoke=True, params=params))
+    if isinstance(conversation, Transcript):
+        if contract.rewrites is None:
+            return await _instructed(tokenizing, adapter, contract, conversation, arguments or {}, params)
+        conversation = conversation.chat
     if not isinstance(conversation, Chat):
         reason = "has an instruction" if contract.rewrites is None else f"rewrites its prompt ({contract.rewrites})"
         raise ContractError(f"intrinsic {adapter.name} {reason}, so it needs messages, not token ids")
-    conversation = judged(conversation, adapter)
     history, tagged, chat = await asyncio.to_thread(_written, conversation, contract, arguments or {}, adapter.name)
     request = await _request(tokenizing, adapter, history, chat, params)
     return Rendered(request, tagged, contract.rewrites if history != conversation else None)
+
+
+async def _instructed(
+    tokenizing: Tokenizing,
+    adapter: AdapterInfo,
+    contract: Contract,
+    held: Transcript,
+    arguments: Mapping[str, Any],
+    params: SamplingParams,
+) -> Rendered:
+    """The request for a contract's instruction behind the tokens that are held. It is invoked unless it does so."""
+    chat = instruct(held.chat, contract, arguments, adapter.name)
+    asked, told = await held.instructed(tokenizing.backend, chat)
+    start = await asyncio.to_thread(find_last, asked, adapter.invocation_tokens)
+    if start is not None and start + len(adapter.invocation_tokens) > len(held.tokens):
+        return Rendered(Request(prompt=asked, adapter=adapter.name, params=params))
+    return Rendered(Request(prompt=told, adapter=adapter.name, invoke=True, params=params))
 
 
 def _written(
@@ -95,15 +119,17 @@ async def _request(
     return Request(prompt=chat, adapter=adapter.name, invoke=True, params=params)
 
 
-def judged(chat: Chat, adapter: AdapterInfo) -> Chat:
-    """The chat up to the turn that the adapter judges."""
-    reads = adapter.metadata.get("reads", "any")
-    if reads == "any":
-        return chat
-    ends = [i for i, message in enumerate(chat.messages) if message.role == reads]
+def judged(conversation: Conversation, adapter: AdapterInfo) -> Conversation:
+    """The conversation up to the turn that the adapter judges. Of token ids it cannot be told: all of them."""
+    reads = str(adapter.metadata.get("reads", "any"))
+    if isinstance(conversation, tuple) or reads == "any":
+        return conversation
+    ends = [i for i, message in enumerate(conversation.messages) if message.role == reads]
     if not ends:
         raise InputError(f"intrinsic {adapter.name} judges {reads} turns, and the conversation has none")
-    return chat.model_copy(update={"messages": chat.messages[: ends[-1] + 1]})
+    if isinstance(conversation, Transcript):
+        return conversation.until(reads)
+    return conversation.model_copy(update={"messages": conversation.messages[: ends[-1] + 1]})
 
 
 def sampling_params(contract: Contract) -> SamplingParams:

@@ -1,0 +1,1 @@
+"""Flows: intrinsics and base turns composed."""

@@ -1,0 +1,129 @@
+"""A conversation over any backend: its messages, with the very tokens that were computed for them.
+
+A generated answer is kept as its tokens and never tokenized again, so what the base model has computed stays reusable
+whatever the chat template does to its text. Transcripts are values: to branch, go on twice from the same one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from midstream.backend import Backend
+from midstream.errors import InputError
+from midstream.types import Chat, CompletionChoice, Message
+
+_PROBES = ("a", "b")
+
+
+@dataclass(frozen=True, slots=True)
+class Transcript:
+    """`tokens` are those of `messages`, each turn closed; `ends[role]` is where the last turn of that role ends."""
+
+    messages: tuple[Message, ...] = ()
+    tokens: tuple[int, ...] = ()
+    ends: Mapping[str, int] = field(default_factory=dict)
+    # The template's own rendering of `messages`, where it is known.
+    _rendered: tuple[int, ...] | None = field(default=(), repr=False, compare=False)
+    _close: tuple[int, ...] | None = field(default=None, repr=False, compare=False)
+
+    @classmethod
+    async def of(cls, backend: Backend, chat: Chat) -> Transcript:
+        """The transcript of a chat. Its documents go to its last user turn, where the template has no place for them.
+
+        Raises InputError where the template rewrites earlier turns when one is added.
+        """
+        if chat.appended or chat.tools or chat.template_arguments:
+            raise InputError("a transcript is made of messages and documents alone")
+        return await cls().add(backend, *_placed(chat))
+
+    @property
+    def chat(self) -> Chat:
+        """The messages as a chat. Raises InputError when there are none."""
+        if not self.messages:
+            raise InputError("the conversation is empty: there is nothing to judge")
+        return Chat(messages=self.messages)
+
+    async def add(self, backend: Backend, *messages: Message) -> Transcript:
+        """With turns added: what the template adds for each; what is held stays as it is."""
+        transcript = self
+        for message in messages:
+            transcript = await transcript._with(backend, message)
+        return transcript
+
+    async def prompt(self, backend: Backend) -> tuple[int, ...]:
+        """The tokens that ask the base model for its answer. Raises InputError when no turn waits for one."""
+        if not self.messages or self.messages[-1].role == "assistant":
+            raise InputError("there is no user turn to answer: add one")
+        history = await self._history(backend)
+        prompt = await backend.tokenize(self.chat)
+        if prompt[: len(history)] != history:
+            raise InputError("the chat template changes the history when it asks for an answer")
+        return (*self.tokens, *prompt[len(history) :])
+
+    async def answered(self, backend: Backend, prompt: tuple[int, ...], answer: CompletionChoice) -> Transcript:
+        """With the base model's answer to `prompt` added, as its tokens."""
+        close = await _closing(backend) if self._close is None else self._close
+        tokens = answer.token_ids
+        left = close[1:] if tokens and close and tokens[-1] == close[0] else close
+        turn = Message(role="assistant", content=answer.text)
+        return replace(self._extended(turn, (*prompt, *tokens, *left), None), _close=close)
+
+    async def instructed(self, backend: Backend, chat: Chat) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The tokens with the `appended` turns of `chat`, whose messages are this transcript's: with and without the
+        header of an answer."""
+        history = await self._history(backend)
+        with_header, without = await backend.tokenize(chat), await backend.tokenize(chat, header=False)
+        for rendered in (with_header, without):
+            if rendered[: len(history)] != history:
+                raise InputError("the chat template rewrites earlier turns when an instruction is added")
+        return (*self.tokens, *with_header[len(history) :]), (*self.tokens, *without[len(history) :])
+
+    def until(self, role: str) -> Transcript:
+        """Up to the last turn of a role. Raises InputError when there is none."""
+        last = max((i for i, message in enumerate(self.messages) if message.role == role), default=None)
+        if last is None:
+            raise InputError(f"the conversation has no {role} turn")
+        if last == len(self.messages) - 1:
+            return self
+        end = self.ends[role]
+        return Transcript(self.messages[: last + 1], self.tokens[:end], {role: end}, None, self._close)
+
+    async def _history(self, backend: Backend) -> tuple[int, ...]:
+        return await backend.tokenize(self.chat, header=False) if self._rendered is None else self._rendered
+
+    async def _with(self, backend: Backend, message: Message) -> Transcript:
+        after = await backend.tokenize(Chat(messages=(*self.messages, message)), header=False)
+        before = await self._history(backend)
+        if after[: len(before)] != before:
+            raise InputError("the chat template rewrites earlier turns when one is added, so they cannot be kept")
+        return self._extended(message, (*self.tokens, *after[len(before) :]), after)
+
+    def _extended(self, message: Message, tokens: tuple[int, ...], rendered: tuple[int, ...] | None) -> Transcript:
+        ends = {**self.ends, message.role: len(tokens)}
+        return replace(self, messages=(*self.messages, message), tokens=tokens, ends=ends, _rendered=rendered)
+
+
+def _placed(chat: Chat) -> tuple[Message, ...]:
+    """The messages, the chat's own documents in its last user turn."""
+    if not chat.documents:
+        return chat.messages
+    last = max((i for i, message in enumerate(chat.messages) if message.role == "user"), default=None)
+    if last is None:
+        raise InputError("documents need a user message to stand in")
+    turn = chat.messages[last]
+    filled = turn.model_copy(update={"documents": (*turn.documents, *chat.documents)})
+    return (*chat.messages[:last], filled, *chat.messages[last + 1 :])
+
+
+async def _closing(backend: Backend) -> tuple[int, ...]:
+    """What the template puts after an answer: how two chats end that differ in the answer alone."""
+    question = Message(role="user", content="a")
+    one, other = [
+        await backend.tokenize(Chat(messages=(question, Message(role="assistant", content=text))), header=False)
+        for text in _PROBES
+    ]
+    length = 0
+    while length < min(len(one), len(other)) and one[-1 - length] == other[-1 - length]:
+        length += 1
+    return one[len(one) - length :]

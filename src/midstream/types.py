@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 FinishReason = Literal["stop", "length", "cancelled"]
+"""Why an answer ended. "length": no room for more tokens, or for one more call of an adapter (`max_invocations`)."""
 
 
 class _Value(BaseModel):
@@ -109,12 +110,39 @@ class SamplingParams(_Value):
         return self
 
 
+class Invocable(_Value):
+    """An adapter that the base model's own output may invoke.
+
+    Its answer is decoded by `params` within the room that the request's `max_tokens` leaves. Its tokens stand in the
+    output, those of a stop string too, an end-of-sequence token not; then come `closing` and the base model.
+    Where `params` has no seed, one is derived from the request's seed, the branch and the number of the call.
+    """
+
+    adapter: str
+    params: SamplingParams = SamplingParams()
+    closing: tuple[int, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> Invocable:
+        if self.params.n != 1:
+            raise ValueError(f"adapter {self.adapter} is invoked for one answer: n must be 1")
+        if self.params.logprobs:
+            raise ValueError(f"adapter {self.adapter}: the logprobs of an invoked answer are not reported")
+        return self
+
+
 class Request(_Value):
     """One request to a backend: token ids or a chat, at most one adapter, and how to sample.
 
     With a chat and `invoke`, the history is rendered up to its last message and the adapter's invocation tokens
     are appended. Without it, the prompt must already contain the invocation of an activated adapter.
     Requests reuse each other's KV only within one `cache_scope`.
+
+    Where the base model's output comes to end with the invocation tokens of an `invocable` adapter, the adapter
+    answers from there on, its answer joins the output, and the base model reads it and goes on. All tokens of an
+    invocation are the base model's own and in one piece. What is inserted counts to `max_tokens`; constraint and stop
+    strings look at the base model's own text, a stop string at each piece of it apart. A branch calls at most
+    `max_invocations` times: one more invocation ends it with "length".
     """
 
     prompt: tuple[int, ...] | Chat
@@ -123,6 +151,20 @@ class Request(_Value):
     params: SamplingParams = SamplingParams()
     deadline_s: float | None = Field(default=None, gt=0.0)
     cache_scope: str = ""
+    invocable: tuple[Invocable, ...] = Field(default=(), max_length=64)
+    max_invocations: int = Field(default=8, ge=1)
+
+    @model_validator(mode="after")
+    def _check_invocable(self) -> Request:
+        names = [invocable.adapter for invocable in self.invocable]
+        if names and self.adapter is not None:
+            raise ValueError(
+                f"only the base model's output invokes adapters: `invocable` excludes adapter={self.adapter!r}"
+            )
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"invocable names an adapter more than once: {', '.join(twice)}")
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +174,8 @@ class Usage:
     `cached_tokens` = `cached_base_tokens` + `cached_adapter_tokens`, and `prompt_tokens` = cached + computed, but for
     an answer that its constraint forced whole: that one reads no prompt, and both are 0.
     `computed_tokens` counts prompt positions whose KV this request computed; forced tokens that a constraint
-    appends are completion tokens. `forwards` counts the engine steps that carried at least one token of the request.
+    appends are completion tokens, and so are those of invoked adapters, whose own costs are in their `InvokedCall`.
+    `forwards` counts the engine steps that carried at least one token of the request.
     """
 
     prompt_tokens: int
@@ -162,7 +205,7 @@ class TokenLogprob:
     """Natural-log probability of a token with its text, before temperature and masks.
 
     `top` are the most likely tokens at its place, likeliest first. Nothing was computed for a token that a constraint
-    forced: its probability is 1 and its `top` is empty.
+    forced or that an invoked adapter put in: its probability is 1 and its `top` is empty.
     """
 
     token_id: int
@@ -172,8 +215,32 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True)
+class InvokedCall:
+    """An adapter's answer inside the base model's output.
+
+    The invocation begins at offset `start` of the choice's `token_ids`; the answer's `token_ids` end before `end`.
+    `finish_reason` is the answer's own, and "length" where the request's `max_tokens` cut it short.
+    `probabilities`: of each option of a choice constraint, else None. `usage`: what the adapter's sequence cost, whose
+    prompt is everything up to and with the invocation.
+    """
+
+    adapter: str
+    start: int
+    end: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    probabilities: dict[str, float] | None
+    usage: Usage
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class CompletionChoice:
-    """One of a request's `n` answers. `probabilities`: of each option of a choice constraint, else None."""
+    """One of a request's `n` answers. `probabilities`: of each option of a choice constraint, else None.
+
+    `calls` are the adapters that the output invoked, in order; `text` and `token_ids` hold their answers.
+    """
 
     index: int
     text: str
@@ -181,6 +248,7 @@ class CompletionChoice:
     finish_reason: FinishReason
     logprobs: tuple[TokenLogprob, ...] | None = None
     probabilities: dict[str, float] | None = None
+    calls: tuple[InvokedCall, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ MidstreamError
 │   └── TooManyStreams          the key has too many requests open
 ├── OverloadedError             the queue is full
 ├── DeadlineExceeded            the request's deadline passed
+├── BudgetExceeded              a flow has spent the tokens that it may compute
 ├── Cancelled                   the caller cancelled the request
 ├── OutputError                 a generated output does not fit its contract
 ├── ForwardFailed               the forward pass of one request failed
@@ -166,6 +167,13 @@ class DeadlineExceeded(MidstreamError):
 
     status = 504
     code = "deadline_exceeded"
+
+
+class BudgetExceeded(MidstreamError):
+    """A flow has spent the tokens that it may compute."""
+
+    status = 429
+    code = "budget_exceeded"
 
 
 class Cancelled(MidstreamError):

@@ -1,0 +1,37 @@
+"""A turn of the base model inside a flow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from midstream.backend import Backend
+from midstream.transcript import Transcript
+from midstream.types import Chat, Completion, Message, Request, SamplingParams
+
+
+async def transcript_of(backend: Backend, conversation: Chat | Transcript) -> Transcript:
+    """The transcript of a conversation in either form."""
+    return conversation if isinstance(conversation, Transcript) else await Transcript.of(backend, conversation)
+
+
+async def answer(
+    backend: Backend,
+    transcript: Transcript,
+    params: SamplingParams,
+    *,
+    on_text: Callable[[str], None] | None = None,
+) -> tuple[Transcript, Completion]:
+    """Let the base model answer: the conversation with its answer, and the completion. One answer, streamed."""
+    prompt = await transcript.prompt(backend)
+    completion: Completion | None = None
+    async for delta in backend.stream(Request(prompt=prompt, params=params)):
+        if delta.text and on_text is not None:
+            on_text(delta.text)
+        completion = delta.completion or completion
+    assert completion is not None, "a stream ends with its completion"
+    return await transcript.answered(backend, prompt, completion.choices[0]), completion
+
+
+async def told(backend: Backend, transcript: Transcript, text: str) -> Transcript:
+    """The conversation with an answer that no model wrote."""
+    return await transcript.add(backend, Message(role="assistant", content=text))

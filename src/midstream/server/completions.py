@@ -1,4 +1,4 @@
-"""`/v1/chat/completions` and `/v1/completions`."""
+"""`/v1/chat/completions`, `/v1/completions` and `/v1/score_continuations`."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from midstream.errors import InputError, MidstreamError
 from midstream.server import replies
 from midstream.server.params import defaults_of, max_tokens_of, params_of
 from midstream.server.prompts import chat_of, prompt_of
-from midstream.server.replies import Head
-from midstream.server.schemas import ChatBody, Sampling, TextBody
+from midstream.server.replies import Head, Shown
+from midstream.server.schemas import ChatBody, Sampling, ScoreBody, TextBody
 from midstream.server.service import Exchange, Service
 from midstream.server.stream import DONE, EventStream, event, unless_gone
-from midstream.types import AdapterInfo, Delta, Request, SamplingParams
+from midstream.types import AdapterInfo, Completion, CompletionChoice, Delta, Request, SamplingParams
 
 T = TypeVar("T")
 
 Chunk = Callable[[Delta, bool], dict[str, Any]]
-End = Callable[[int, str], dict[str, Any]]
+End = Callable[[CompletionChoice, Completion], dict[str, Any]]
 
 # OpenAI's defaults of the older endpoint, which knows nothing of an adapter's contract.
 _MAX_PROMPTS = 128
@@ -47,16 +47,16 @@ def routes(service: Service) -> APIRouter:
         logprobs = bool(body.logprobs)
         defaults = defaults_of(adapter, max_tokens=service.config.default_max_tokens)
         request = _request(service, body, prompt, adapter, defaults, asked, logprobs, body.top_logprobs or 0)
-        head = Head.chat(adapter.name if adapter else service.model_name)
+        head, shown = Head.chat(adapter.name if adapter else service.model_name), _shown(body, logprobs)
         if not body.stream:
             completion = await unless_gone(http, service.backend(http).complete(request))
-            return JSONResponse(replies.chat_completion(head, completion))
+            return JSONResponse(replies.chat_completion(head, completion, shown))
 
         def chunk(delta: Delta, first: bool) -> dict[str, Any]:
-            return replies.chat_chunk(head, delta, first=first, logprobs=logprobs)
+            return replies.chat_chunk(head, delta, shown, first=first, prompt=prompt)
 
-        def end(index: int, reason: str) -> dict[str, Any]:
-            return replies.chat_end(head, index, reason)
+        def end(choice: CompletionChoice, completion: Completion) -> dict[str, Any]:
+            return replies.chat_end(head, choice, completion)
 
         return await _streamed(service, http, body, request, head, chunk, end)
 
@@ -70,11 +70,11 @@ def routes(service: Service) -> APIRouter:
             _request(service, body, prompt, adapter, _TEXT, body.max_tokens, logprobs, body.logprobs or 0)
             for prompt in prompts
         ]
-        head = Head.text(adapter.name if adapter else service.model_name)
+        head, shown = Head.text(adapter.name if adapter else service.model_name), _shown(body, logprobs)
         backend = service.backend(http)
         if not body.stream:
             completions = await unless_gone(http, _together([backend.complete(request) for request in requests]))
-            return JSONResponse(replies.text_completion(head, completions, logprobs=logprobs))
+            return JSONResponse(replies.text_completion(head, completions, shown))
         if len(requests) > 1:
             raise InputError("stream takes one prompt: send several requests, or do not stream")
         lengths: dict[int, int] = {}
@@ -82,12 +82,21 @@ def routes(service: Service) -> APIRouter:
         def chunk(delta: Delta, first: bool) -> dict[str, Any]:
             offset = lengths.get(delta.index, 0)
             lengths[delta.index] = offset + sum(len(token.text) for token in delta.logprobs)
-            return replies.text_chunk(head, delta, logprobs=logprobs, offset=offset)
+            return replies.text_chunk(head, delta, shown, offset=offset, first=first, prompt=prompts[0])
 
-        def end(index: int, reason: str) -> dict[str, Any]:
-            return replies.text_end(head, index, reason)
+        def end(choice: CompletionChoice, completion: Completion) -> dict[str, Any]:
+            return replies.text_end(head, choice, completion)
 
         return await _streamed(service, http, body, requests[0], head, chunk, end)
+
+    @router.post("/v1/score_continuations")
+    async def score_continuations(body: ScoreBody, http: HttpRequest) -> Response:
+        """Log-probabilities of each token of several continuations of one prompt."""
+        adapter = service.adapter_of(body.model)
+        name = adapter.name if adapter else None
+        request = Request(prompt=tuple(body.prompt), adapter=name, cache_scope=body.cache_salt or "")
+        found = await unless_gone(http, service.backend(http).score(request, body.continuations))
+        return JSONResponse(replies.score(name or service.model_name, found))
 
     return router
 
@@ -129,10 +138,11 @@ async def _events(
                 begun.add(delta.index)
                 delta = await anext(rest)
             for choice in delta.completion.choices:
-                yield event({**end(choice.index, choice.finish_reason), **empty})
+                yield event({**end(choice, delta.completion), **empty})
             if with_usage:
                 kind = "chat.completion.chunk" if head.id.startswith("chat") else "text_completion"
-                yield event(head.of(kind, [], usage=replies.usage(delta.completion.usage)))
+                used = replies.usage(delta.completion.usage)
+                yield event(head.of(kind, [], usage=used, **replies.times(delta.completion)))
         except MidstreamError as error:
             exchange.fields["code"] = error.code
             yield event({"error": replies.error_object(error)})
@@ -169,7 +179,12 @@ def _request(
     context = service.engine.max_context_tokens
     max_tokens = max_tokens_of(asked, len(prompt), default=defaults.max_tokens, context=context)
     params = params_of(body, defaults, max_tokens=max_tokens, logprobs=logprobs, top_logprobs=top_logprobs)
-    return Request(prompt=prompt, adapter=adapter.name if adapter else None, params=params)
+    name = adapter.name if adapter else None
+    return Request(prompt=prompt, adapter=name, params=params, cache_scope=body.cache_salt or "")
+
+
+def _shown(body: Sampling, logprobs: bool) -> Shown:
+    return Shown(logprobs, bool(body.return_token_ids), bool(body.return_tokens_as_token_ids))
 
 
 async def _together(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

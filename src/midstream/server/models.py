@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from fastapi import APIRouter
@@ -113,8 +113,18 @@ def _described(service: Service, info: AdapterInfo) -> dict[str, Any]:
         "digest": info.digest,
         "invocation_text": info.invocation_text,
         "invocation_tokens": list(info.invocation_tokens),
+        "size_bytes": info.size_bytes,
+        "pinned": info.pinned,
+        "contract": info.contract,
+        "metadata": {key: _without_path(value) for key, value in info.metadata.items()},
     }
     return _model(service, info.name, parent=service.model_name, adapter=adapter)
+
+
+def _without_path(value: Any) -> Any:
+    """A folder's name alone, where an adapter's configuration names a folder of the machine it was trained on."""
+    named = isinstance(value, str) and (PurePosixPath(value).is_absolute() or PureWindowsPath(value).is_absolute())
+    return PureWindowsPath(value).name if named else value
 
 
 def _model(service: Service, name: str, *, parent: str | None, adapter: dict[str, Any] | None) -> dict[str, Any]:

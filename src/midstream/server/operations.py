@@ -110,7 +110,10 @@ def _detokenized(service: Service, body: DetokenizeBody) -> dict[str, Any]:
 
 def _tokens(service: Service, body: TokenizeBody) -> tuple[int, ...]:
     adapter, template_arguments = service.chosen(body.model, body.chat_template_kwargs)
+    tokenizer = service.engine.chat
+    if body.chat is not None:
+        return (tokenizer.prompt if body.add_generation_prompt else tokenizer.history)(body.chat)
     if body.messages is None:
-        return service.engine.chat.encode(body.prompt or "")
+        return tokenizer.encode(body.prompt or "")
     chat = chat_of(body.messages, body.documents, body.tools, template_arguments)
-    return prompt_of(service.engine.chat, chat, adapter, with_header=body.add_generation_prompt)
+    return prompt_of(tokenizer, chat, adapter, with_header=body.add_generation_prompt)

@@ -12,7 +12,7 @@ from midstream.intrinsics.constraint import constraint_of_schema
 from midstream.intrinsics.render import sampling_params
 from midstream.intrinsics.spec import load_contract
 from midstream.server.schemas import Sampling, StructuredOutputs
-from midstream.types import AdapterInfo, Choice, Constraint, Regex, SamplingParams
+from midstream.types import AdapterInfo, Choice, Constraint, JsonSchema, Regex, SamplingParams
 
 # Where a schema holds schemas, by position and by name; and what an object says of properties that it does not name.
 _IN_SCHEMAS = frozenset({"items", "prefixItems", "anyOf", "oneOf"})
@@ -91,6 +91,9 @@ def _structured(wanted: StructuredOutputs) -> Constraint:
         return Choice(options=tuple(wanted.choice))
     if wanted.regex is not None:
         return Regex(pattern=wanted.regex)
+    if isinstance(wanted.json_, str):
+        _schema("structured_outputs.json", wanted.json_)
+        return JsonSchema(schema_text=wanted.json_)
     return _schema("structured_outputs.json", {"type": "object"} if wanted.json_ is None else wanted.json_)
 
 

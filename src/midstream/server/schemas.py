@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from midstream.types import Document
+from midstream.types import Chat, Document
 
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 
@@ -90,7 +90,10 @@ class ResponseFormat(Part):
 
 
 class StructuredOutputs(Part):
-    """vLLM's field: exactly one of these. `json` may be a schema or its text."""
+    """vLLM's field: exactly one of these. `json` may be a schema or its text.
+
+    A text is taken as it stands; of a schema that lists its values, each is an option of a choice.
+    """
 
     json_: dict[str, Any] | str | None = Field(default=None, alias="json")
     json_object: bool | None = None
@@ -125,6 +128,14 @@ class Sampling(Body):
         default=None, description="The older name of structured_outputs.json, which Mellea sends with texts."
     )
     response_format: ResponseFormat | None = None
+    return_token_ids: bool | None = Field(default=None, description="Add `token_ids` and `prompt_token_ids`.")
+    return_tokens_as_token_ids: bool | None = Field(
+        default=None, description="In logprobs, tokens read `token_id:7`; `token_texts` has the text of each."
+    )
+    cache_salt: str | None = Field(
+        default=None, min_length=1, max_length=1024, description="KV is shared only among requests with the same salt."
+    )
+    skip_special_tokens: Literal[False] | None = None
     # Taken because clients send them; only values that change nothing.
     frequency_penalty: Literal[0] | None = None
     presence_penalty: Literal[0] | None = None
@@ -180,6 +191,15 @@ class TextBody(Sampling):
     suffix: Literal[""] | None = None
 
 
+class ScoreBody(Body):
+    """`POST /v1/score_continuations`: token ids, and what may come after them."""
+
+    model: Name | None = None
+    prompt: list[int] = Field(min_length=1)
+    continuations: list[Annotated[list[int], Field(min_length=1)]] = Field(min_length=1, max_length=1024)
+    cache_salt: str | None = Field(default=None, min_length=1, max_length=1024)
+
+
 class IntrinsicBody(Body):
     """`POST /v1/intrinsics/{name}`."""
 
@@ -208,10 +228,14 @@ class FanOutBody(Body):
 
 
 class TokenizeBody(Body):
-    """`POST /tokenize`: a prompt, or messages as the named model would see them."""
+    """`POST /tokenize`: a prompt, messages as the named model would see them, or a chat as the library has it.
+
+    A `chat` goes to the template unchanged: nothing in it is read as a call of an adapter.
+    """
 
     model: Name | None = None
     prompt: str | None = None
+    chat: Chat | None = None
     messages: list[Turn] | None = Field(default=None, min_length=1)
     documents: list[Passage] | None = None
     tools: list[dict[str, Any]] | None = None
@@ -222,11 +246,11 @@ class TokenizeBody(Body):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give either prompt or messages")
+        if sum(given is not None for given in (self.prompt, self.chat, self.messages)) != 1:
+            raise ValueError("give either prompt, messages or chat")
         with_messages = ("documents", "tools", "chat_template_kwargs")
-        if self.prompt is not None and (given := [name for name in with_messages if getattr(self, name)]):
-            raise ValueError(f"{', '.join(given)} go with messages, not with prompt")
+        if self.messages is None and (given := [name for name in with_messages if getattr(self, name)]):
+            raise ValueError(f"{', '.join(given)} go with messages, not with prompt or chat")
         return self
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +18,7 @@ from midstream.errors import InputError, ModelNotFound
 from midstream.intrinsics.call import find
 from midstream.server.telemetry import Telemetry
 from midstream.server.tracing import span
-from midstream.types import AdapterInfo, Completion, Delta, Request
+from midstream.types import AdapterInfo, Completion, Delta, Request, Score
 
 log = logging.getLogger("midstream.server")
 
@@ -116,7 +116,7 @@ class ScopedBackend:
                         self._finish(delta.completion, current)
                 yield delta
 
-    async def score(self, request: Request, continuations: Any) -> Any:
+    async def score(self, request: Request, continuations: Sequence[Sequence[int]]) -> Score:
         return await self._service.engine.score(self._mine(request), continuations)
 
     async def tokenize(self, prompt: Any, *, header: bool = True) -> tuple[int, ...]:
@@ -127,7 +127,12 @@ class ScopedBackend:
 
     def _mine(self, request: Request) -> Request:
         left = max(0.001, self._deadline - time.monotonic())
-        return request.model_copy(update={"cache_scope": self._exchange.caller.scope, "deadline_s": left})
+        return request.model_copy(update={"cache_scope": self._scope(request.cache_scope), "deadline_s": left})
+
+    def _scope(self, salt: str) -> str:
+        """The caller's scope, and within it that of a salt. Callers' own scopes have no colon."""
+        own = self._exchange.caller.scope
+        return f"{own}:{salt}" if salt else own
 
     def _attributes(self, request: Request) -> dict[str, Any]:
         return {

@@ -11,8 +11,9 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from midstream.documents import place_documents
 from midstream.errors import InputError, ModelError
-from midstream.types import Chat, Document, Message
+from midstream.types import Chat
 
 # What the rendering itself takes; everything else goes to the template.
 _RENDERING = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
@@ -93,30 +94,6 @@ class ChatTokenizer:
             # A template is a program of the model's author and may raise anything.
             raise InputError(f"the chat template refused the messages: {error}") from error
         return self.encode(text)
-
-
-def place_documents(chat: Chat) -> tuple[dict[str, Any], ...]:
-    """Messages with each turn's documents rendered into that very turn, so that later turns leave it as it is.
-
-    The chat's own documents belong to its last user turn. This one function serves training, evaluation and serving.
-    """
-    last_user = max((i for i, m in enumerate(chat.messages) if m.role == "user"), default=None)
-    if chat.documents and last_user is None:
-        raise InputError("documents need a user message to stand in")
-    return tuple(
-        {**m.extra, "role": m.role, "content": _content(m, chat.documents if i == last_user else ())}
-        for i, m in enumerate((*chat.messages, *chat.appended))
-    )
-
-
-def _content(message: Message, documents: tuple[Document, ...]) -> str:
-    parts = [_passage(i, document) for i, document in enumerate((*message.documents, *documents), 1)]
-    return "\n\n".join([*parts, message.content])
-
-
-def _passage(number: int, document: Document) -> str:
-    title = f" {document.title}" if document.title else ""
-    return f"Document [{number}]:{title}\n{document.text}"
 
 
 def _eos_ids(folder: Path, tokenizer: Any) -> frozenset[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from midstream.backend import Backend
+from midstream.errors import InputError
 from midstream.transcript import Transcript
 from midstream.types import Chat, Completion, Message, Request, SamplingParams
 
@@ -22,6 +23,8 @@ async def answer(
     on_text: Callable[[str], None] | None = None,
 ) -> tuple[Transcript, Completion]:
     """Let the base model answer: the conversation with its answer, and the completion. One answer, streamed."""
+    if params.n != 1:
+        raise InputError(f"a turn takes one answer, and n is {params.n}: best_of_n draws several")
     prompt = await transcript.prompt(backend)
     completion: Completion | None = None
     async for delta in backend.stream(Request(prompt=prompt, params=params)):

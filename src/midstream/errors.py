@@ -23,6 +23,7 @@ MidstreamError
 ├── BudgetExceeded              a flow has spent the tokens that it may compute
 ├── Cancelled                   the caller cancelled the request
 ├── OutputError                 a generated output does not fit its contract
+├── RetrievalError              a retriever failed, or gave what cannot be read
 ├── ForwardFailed               the forward pass of one request failed
 └── EngineStopped               the engine was closed or its loop failed
 """
@@ -187,6 +188,13 @@ class OutputError(MidstreamError):
     """A generated output does not fit its contract."""
 
     code = "invalid_output"
+
+
+class RetrievalError(MidstreamError):
+    """A retriever failed, or gave what cannot be read as passages."""
+
+    status = 502
+    code = "retrieval_failed"
 
 
 class ForwardFailed(MidstreamError):

@@ -29,7 +29,7 @@ def sample(
 ) -> None:
     """Ask the base model every question several times and keep the share of right answers."""
     from midstream.evaluation.answers import certainty_rows, read_question
-    from midstream.training.jsonl import read_lines
+    from midstream.jsonl import read_lines
 
     questions = []
     for file in data:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from midstream.errors import InputError
-from midstream.training.jsonl import read_lines
+from midstream.jsonl import read_lines
 from midstream.training.tasks import Row
 from midstream.types import Chat, Message
 

@@ -12,8 +12,8 @@ from midstream.backend import Backend
 from midstream.errors import InputError
 from midstream.evaluation.answers import certainty_rows, read_question
 from midstream.evaluation.retrieval import Corpus, Query, is_query_file, read_queries
+from midstream.jsonl import read_lines
 from midstream.training.augment import with_wrong_documents
-from midstream.training.jsonl import read_lines
 from midstream.training.tasks import Row, Task, read_rows
 
 _ANSWERS = 10

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from midstream.training.jsonl import read_lines
+from midstream.jsonl import read_lines
 from midstream.training.tasks import Row, documents_of
 from midstream.types import Chat, Message
 

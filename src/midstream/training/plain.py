@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from midstream.errors import DataError, InputError
-from midstream.training.jsonl import read_placed
+from midstream.jsonl import read_placed
 from midstream.training.tasks import JSON_TYPES, Row, Task, chat_of
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from midstream.errors import InputError
-from midstream.training.jsonl import read_placed
+from midstream.jsonl import read_placed
 from midstream.types import Chat, Document, Message
 
 Kind = Literal["label", "scale", "text"]

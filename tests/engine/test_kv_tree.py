@@ -104,6 +104,22 @@ def finish(tree: KVTree, tokens: list[int], activation: int, owner: str | None) 
     tree.release(lease)
 
 
+def test_one_scope_can_be_emptied_and_the_others_keep_their_kv() -> None:
+    tree = KVTree(100)
+    for scope in ("one", "other"):
+        lease = tree.lease([1, 2, 3], 3, None, 0, scope)
+        Memory(tree).compute(lease, 10**6)
+        tree.release(lease)
+    held = tree.lease([1, 2, 9], 3, None, 0, "one")
+    tree.evict_all("one")
+    assert tree.cached_prefix([1, 2, 3], 3, None, "one") == 2
+    assert tree.cached_prefix([1, 2, 3], 3, None, "other") == 3
+    tree.release(held)
+    tree.evict_all("one")
+    assert tree.cached_prefix([1, 2, 3], 3, None, "one") == 0
+    check_integrity(tree)
+
+
 def test_an_alora_shares_the_base_prefix_and_a_lora_shares_nothing() -> None:
     tree = KVTree(100)
     finish(tree, [1, 2, 3, 4], 4, None)

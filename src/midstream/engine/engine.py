@@ -170,9 +170,9 @@ class AsyncEngine:
         """Raise AssertionError where an invariant of the engine's state is broken."""
         await self._on_loop(self._core.check_integrity)
 
-    async def clear_cache(self) -> None:
-        """Forget all KV that no running request uses."""
-        await self._on_loop(self._core.tree.evict_all)
+    async def clear_cache(self, scope: str | None = None) -> None:
+        """Forget all KV that no running request uses, or that of one cache scope."""
+        await self._on_loop(lambda: self._core.tree.evict_all(scope))
 
     async def aclose(self) -> None:
         """Stop; running requests end with EngineStopped."""

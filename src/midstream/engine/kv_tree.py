@@ -164,9 +164,9 @@ class KVTree:
                 self._trim(leaf)
             leaf = parent
 
-    def evict_all(self) -> None:
-        """Free every node that no lease holds."""
-        self._evict(self.num_slots)
+    def evict_all(self, scope: str | None = None) -> None:
+        """Free every node that no lease holds, or those of one scope."""
+        self._evict(self.num_slots, scope)
 
     def nodes(self, scope: str | None = None) -> Iterator[Node]:
         """All nodes that are in the tree, or those of one scope (tails of running sequences are not)."""
@@ -306,9 +306,9 @@ class KVTree:
             self._evict(needed)
         return self.slots.num_free >= needed
 
-    def _evict(self, needed: int) -> None:
+    def _evict(self, needed: int, scope: str | None = None) -> None:
         """Free least recently used leaves that nobody holds until `needed` slots are free or none is left."""
-        heap = [(node.last_used, id(node), node) for node in self.nodes() if not node.children and not node.refs]
+        heap = [(node.last_used, id(node), node) for node in self.nodes(scope) if not node.children and not node.refs]
         heapify(heap)
         while heap and self.slots.num_free < needed:
             _, _, node = heappop(heap)

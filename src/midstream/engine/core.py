@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from midstream.adapters import Adapter, AdapterRegistry
 from midstream.adapters.weights import LoraWeights
-from midstream.engine.integrity import check_integrity
+from midstream.engine.calls import Calls
+from midstream.engine.integrity import check_integrity, check_schedule
 from midstream.engine.kv_tree import KVTree, Node
 from midstream.engine.output import OutputWriter
 from midstream.engine.request import Branch, Job
@@ -77,6 +79,7 @@ class EngineCore:
         self.scheduler = scheduler
         self.registry = registry
         self._writer = writer
+        self._calls = Calls(writer)
         self._max_queued = max_queued
         self._bytes_per_slot = bytes_per_slot
         self._jobs: dict[str, Job] = {}
@@ -87,25 +90,21 @@ class EngineCore:
     # ------------------------------------------------------------------ jobs
 
     def add(self, job: Job) -> bool:
-        """Queue a job and acquire its adapter. Raises OverloadedError when the queue is full.
+        """Queue a job and acquire its adapters. Raises OverloadedError when the queue is full.
 
-        False, with nothing done, when the adapter was replaced or taken out since the job was read.
+        False, with nothing done, when one of them was replaced or taken out since the job was read.
         """
         queued = len({branch.job.request_id for branch in self.scheduler.waiting})
         if queued >= self._max_queued:
             raise OverloadedError(f"{queued} requests are queued already; try again later")
-        if job.adapter is not None:
-            if not self.registry.holds(job.adapter):
-                return False
-            self.registry.acquire(job.adapter.spec.name)
+        if not all(self.registry.holds(adapter) for adapter in job.adapters):
+            return False
+        for adapter in job.adapters:
+            self.registry.acquire(adapter.spec.name)
+            self._digests[adapter.digest] = adapter
         self._jobs[job.request_id] = job
-        if job.adapter is not None:
-            self._digests[job.adapter.digest] = job.adapter
-        for branch in job.branches:
-            self._jump(branch)
-        unfinished = [branch for branch in job.branches if branch.finish is None]
-        self.scheduler.add(unfinished)
-        self._report(job)
+        self.scheduler.add(self._begin(job.branches))
+        self._settle([job])
         return True
 
     def cancel(self, request_id: str, error: MidstreamError) -> None:
@@ -147,7 +146,7 @@ class EngineCore:
         The tree knows of no KV that the failed one computed, so each is planned anew.
         """
         for job in {segment.branch.job: None for segment in step.segments}:
-            alone = None if job.done else self.scheduler.schedule_only(job)
+            alone = None if job.root.done else self.scheduler.schedule_only(job)
             if alone is None:
                 continue
             try:
@@ -162,8 +161,9 @@ class EngineCore:
         self.forwards += 1
         self._account(step)
         touched: dict[Job, None] = {}
-        for harvest in step.harvests:
-            branch = harvest.branch
+        for branch in (harvest.branch for harvest in step.harvests):
+            if branch.job.root.done:
+                continue  # another of its branches has failed in this step
             touched[branch.job] = None
             try:
                 self._advance(branch, logits[branch])
@@ -172,9 +172,7 @@ class EngineCore:
             except Exception as error:
                 log.exception("sampling failed")
                 self._end(branch.job, ForwardFailed(f"sampling for request {branch.job.request_id} failed: {error}"))
-        for job in touched:
-            if not job.done:
-                self._report_or_end(job)
+        self._settle(touched)
 
     def _time_prefill(self, rows: int, seconds: float) -> None:
         """Keep a moving mean of what a token of a long prefill costs; short steps measure something else."""
@@ -186,12 +184,8 @@ class EngineCore:
         jobs: dict[Job, None] = {}
         for segment in step.segments:
             segment.node.computed = max(segment.node.computed, segment.offset + segment.count)
-            branch = segment.branch
-            jobs[branch.job] = None
-            in_tail = branch.lease is not None and segment.node in branch.lease.tail
-            # Each branch computes the last prompt token for itself; the prompt has it once.
-            if not in_tail or branch.index == 0:
-                branch.job.charge(segment.position, segment.count)
+            jobs[segment.branch.job] = None
+            segment.branch.job.charge(segment.position, segment.count)
         for job in jobs:
             job.forwards += 1
 
@@ -200,7 +194,7 @@ class EngineCore:
             self._score(branch, logits)
         else:
             self._sample(branch, logits[-1])
-        if branch.finish is not None:
+        if branch.finish is not None or branch.pausing:
             self.scheduler.retire(branch)
 
     def _score(self, branch: Branch, logits: Tensor) -> None:
@@ -230,29 +224,62 @@ class EngineCore:
         matcher = branch.matcher
         if matcher is None or branch.finish == "stop":
             return
-        for token in matcher.forced():
-            if branch.finish is not None:
-                return  # cut short: the rest of what the constraint wants has no room
+        branch.forced.extend(matcher.forced())
+        while branch.forced and branch.finish is None and not branch.pausing:
+            token = branch.forced.popleft()
             if branch.job.params.logprobs:
                 # Nothing was computed for a forced token: the constraint makes it certain.
                 branch.logprobs.append(TokenLogprob(token, 0.0))
             self._take(branch, token)
-        if matcher.finished:
+        # Where tokens are left, what the constraint wants was cut short, or an adapter has its turn first.
+        if branch.constraint_met and not branch.pausing:
             self._writer.finish_whole(branch)
 
     def _take(self, branch: Branch, token: int) -> None:
         self._writer.take(branch, token)
+        self._calls.notice(branch)
         if branch.finish is None and branch.lease is not None:
             self.tree.append(branch.lease, token)
 
-    # ------------------------------------------------------------------ telling the listeners
+    # ------------------------------------------------------------------ beginning, calling, telling
 
-    def _report_or_end(self, job: Job) -> None:
-        try:
-            self._report(job)
-        except Exception as error:
-            log.exception("reporting failed")
-            self._end(job, ForwardFailed(f"the answer of request {job.request_id} cannot be told: {error}"))
+    def _begin(self, branches: Sequence[Branch]) -> list[Branch]:
+        """Branches without a lease append what is forced; those that need a forward now."""
+        for branch in branches:
+            if branch.finish is None:
+                self._jump(branch)
+        return [branch for branch in branches if branch.finish is None and not branch.pausing]
+
+    def _settle(self, touched: Iterable[Job]) -> None:
+        """Start the calls that jobs made, hand answers to their callers, and tell the listeners.
+
+        Until all that is left needs a forward: a call whose answer is forced whole ends here.
+        """
+        jobs = deque(touched)
+        while jobs:
+            job = jobs.popleft()
+            if job.root.done:
+                continue
+            try:
+                jobs.extend(self._start_calls(job) if job.caller is None else self._hand_over(job))
+            except MidstreamError as error:
+                self._end(job, error)
+            except Exception as error:
+                log.exception("reporting failed")
+                self._end(job, ForwardFailed(f"the answer of request {job.request_id} cannot be told: {error}"))
+
+    def _start_calls(self, job: Job) -> list[Job]:
+        calls = [call for branch in job.branches if (call := self._calls.begin(branch)) is not None]
+        self.scheduler.add_first(self._begin([call.branches[0] for call in calls]))
+        self._report(job)
+        return calls
+
+    def _hand_over(self, call: Job) -> list[Job]:
+        if not call.finished:
+            return []
+        caller = self._calls.answer(call)
+        self.scheduler.add_first(self._begin([caller]))
+        return [caller.job]
 
     def _report(self, job: Job) -> None:
         if job.streaming:
@@ -282,21 +309,23 @@ class EngineCore:
         return Delta(0, "", completion=completion) if job.streaming else completion
 
     def _end(self, job: Job, error: MidstreamError) -> None:
-        if job.done:
+        """End a request, with the calls that run on its behalf: a call's failure is its caller's."""
+        root = job.root
+        if root.done:
             return
-        self.scheduler.remove(job)
-        self._close(job)
-        job.listener(error)
+        for part in (root, *root.calls):
+            self.scheduler.remove(part)
+        self._close(root)
+        root.listener(error)
 
     def _close(self, job: Job) -> None:
         job.done = True
         self._jobs.pop(job.request_id, None)
-        if job.adapter is None:
-            return
-        digest = job.adapter.digest
-        self.registry.release(job.adapter)
-        if not any(other.owner == digest for other in self._jobs.values()):
-            self._digests.pop(digest, None)
+        for adapter in job.adapters:
+            self.registry.release(adapter)
+        used = {adapter.digest for other in self._jobs.values() for adapter in other.adapters}
+        for digest in {adapter.digest for adapter in job.adapters} - used:
+            del self._digests[digest]
 
     def _expire(self) -> None:
         now = time.perf_counter()
@@ -343,6 +372,4 @@ class EngineCore:
         """Raise AssertionError where an invariant of the tree, the leases or the registry is broken."""
         check_integrity(self.tree)
         self.registry.check_integrity()
-        leases = {branch.lease for branch in self.scheduler.running}
-        if leases != self.tree.leases:
-            raise AssertionError("leases are held that no running branch has")
+        check_schedule(self.scheduler, self._jobs.values())

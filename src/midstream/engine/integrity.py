@@ -1,11 +1,14 @@
-"""Checks of the KV tree's invariants. Slow but safe to call in production; the tests call it after every step."""
+"""Checks of the invariants of the KV tree and the schedule. Slow, but safe in production; the tests run them often."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 
 from midstream.engine.extents import Extent
 from midstream.engine.kv_tree import KVTree, Node
+from midstream.engine.request import Branch, Job
+from midstream.engine.scheduler import Scheduler
 
 
 def check_integrity(tree: KVTree) -> None:
@@ -14,6 +17,18 @@ def check_integrity(tree: KVTree) -> None:
     _check_references(tree)
     for node in tree.nodes():
         _check_node(node)
+
+
+def check_schedule(scheduler: Scheduler, jobs: Iterable[Job]) -> None:
+    """Raise AssertionError where a lease outlives its branch, or a branch of the live `jobs` has two places or none."""
+    leases = {branch.lease for branch in scheduler.running}
+    _require(leases == scheduler.tree.leases, "leases are held that no running branch has")
+    places: Counter[Branch] = Counter([*scheduler.running, *scheduler.waiting])
+    for job in jobs:
+        for branch in (branch for part in (job, *job.calls) for branch in part.branches):
+            found = places.pop(branch, 0) + (branch.finish is not None) + (branch.call is not None)
+            _require(found == 1, f"a branch of {job.request_id} has {found} places of: queue, forward, call, end")
+    _require(not places, "branches are scheduled for requests that have ended")
 
 
 def _check_extents(tree: KVTree) -> None:

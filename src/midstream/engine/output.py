@@ -45,11 +45,34 @@ class OutputWriter:
             branch.finish = "stop"
             self._flush(branch)
 
+    def cut(self, branch: Branch) -> None:
+        """End a branch that has no room for what must come next."""
+        if branch.finish is None:
+            branch.finish = "length"
+            self._flush(branch)
+
+    def insert(self, branch: Branch, tokens: Sequence[int]) -> None:
+        """Put an invoked adapter's tokens into the output; the base model's own text begins anew after them.
+
+        Neither end-of-sequence tokens nor stop strings are looked for in them.
+        """
+        branch.output.extend(tokens)
+        if branch.job.params.logprobs:
+            branch.logprobs.extend(TokenLogprob(token, 0.0) for token in tokens)
+        branch.text += self._undecoded(branch, branch.output)
+        branch.decoded_to = branch.own_from = len(branch.output)
+        branch.own_text_from = len(branch.text)
+
+    def without_end(self, branch: Branch) -> tuple[int, ...]:
+        """The output, but for an end-of-sequence token that ended it."""
+        tokens = tuple(branch.output)
+        return tokens[:-1] if tokens and self._ends(branch, tokens[-1]) else tokens
+
     def pending(self, branch: Branch) -> Delta | None:
         """What has come since the last call and can no longer be part of a stop string."""
         safe = len(branch.text)
         if branch.finish is None:
-            safe -= _held_back(branch.text, branch.job.params.stop)
+            safe -= _held_back(branch.text[branch.own_text_from :], branch.job.params.stop)
         tokens = tuple(branch.output[branch.emitted_tokens :])
         text = branch.text[branch.emitted_chars : safe]
         if not text and not tokens:
@@ -70,6 +93,7 @@ class OutputWriter:
             finish_reason=branch.finish,
             logprobs=tuple(map(self._with_text, branch.logprobs)) if branch.job.params.logprobs else None,
             probabilities=branch.matcher.probabilities() if branch.matcher is not None else None,
+            calls=tuple(branch.calls),
         )
 
     def _with_text(self, found: TokenLogprob) -> TokenLogprob:
@@ -78,28 +102,32 @@ class OutputWriter:
 
     def _write(self, branch: Branch) -> None:
         """Decode what is new. Bytes of a character that is not whole yet wait for its other tokens."""
-        context = max(0, branch.decoded_to - 4)
-        before = self._decode(branch.output[context : branch.decoded_to])
-        after = self._decode(branch.output[context:])
-        if after.endswith(_INCOMPLETE):
+        new = self._undecoded(branch, branch.output)
+        if new.endswith(_INCOMPLETE):
             return
-        branch.text += after[len(before) :]
-        branch.decoded_to = len(branch.output)
-        self._cut_at_stop(branch)
+        self._add_text(branch, new, len(branch.output))
 
     def _flush(self, branch: Branch) -> None:
-        tokens = branch.output
-        if tokens and self._ends(branch, tokens[-1]):
-            tokens = tokens[:-1]
-        context = max(0, branch.decoded_to - 4)
+        tokens = self.without_end(branch)
         if branch.decoded_to < len(tokens):
-            before = self._decode(tokens[context : branch.decoded_to])
-            branch.text += self._decode(tokens[context:])[len(before) :]
-            branch.decoded_to = len(tokens)
-            self._cut_at_stop(branch)
+            self._add_text(branch, self._undecoded(branch, tokens), len(tokens))
+
+    def _undecoded(self, branch: Branch, tokens: Sequence[int]) -> str:
+        """The text of the tokens that are not decoded yet, in the light of some before them."""
+        context = max(0, branch.decoded_to - 4)
+        before = self._decode(tokens[context : branch.decoded_to])
+        if before.endswith(_INCOMPLETE):  # written as it is, so that nothing can join it any more
+            return self._decode(tokens[branch.decoded_to :])
+        return self._decode(tokens[context:])[len(before) :]
+
+    def _add_text(self, branch: Branch, text: str, decoded_to: int) -> None:
+        branch.text += text
+        branch.decoded_to = decoded_to
+        self._cut_at_stop(branch)
 
     def _cut_at_stop(self, branch: Branch) -> None:
-        found = [at for stop in branch.job.params.stop if (at := branch.text.find(stop)) >= 0]
+        start = branch.own_text_from
+        found = [at for stop in branch.job.params.stop if (at := branch.text.find(stop, start)) >= 0]
         if found:
             branch.stop_at = min(found)
             branch.text = branch.text[: branch.stop_at]

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from midstream.adapters import Adapter, AdapterRegistry, activation_index
+from midstream.engine.callee import Callee, check_callable, check_reachable
 from midstream.engine.constraints import ConstraintCompiler
 from midstream.engine.request import Branch, Job, Listener
 from midstream.engine.sampler import make_generator
 from midstream.errors import InputError, InvocationError, PromptTooLong
 from midstream.models.chat import ChatTokenizer
-from midstream.types import Chat, Request, SamplingParams
+from midstream.types import Chat, Invocable, Request, SamplingParams
 
 
 class RequestReader:
@@ -37,7 +38,7 @@ class RequestReader:
         continuations: Sequence[Sequence[int]] | None,
         listener: Listener,
     ) -> Job:
-        """A job whose adapter is looked up but not acquired. Raises InputError for all that can never run."""
+        """A job whose adapters are looked up but not acquired. Raises InputError for all that can never run."""
         adapter = None if request.adapter is None else self._registry.get(request.adapter)
         prompt = self._prompt(request, adapter)
         job = Job(
@@ -49,6 +50,7 @@ class RequestReader:
             listener=listener,
             continuations=continuations,
             scope=request.cache_scope,
+            max_invocations=request.max_invocations,
         )
         job.branches = [Branch(job, index) for index in range(_num_branches(request.params, continuations))]
         for index, continuation in enumerate(continuations or ()):
@@ -57,6 +59,9 @@ class RequestReader:
         self._check_fits(job)
         if continuations is None:
             self._prepare_sampling(job)
+            job.callees = self._callees(request)
+        elif request.invocable:
+            raise InputError("score writes no output that could invoke an adapter: leave `invocable` out")
         return job
 
     def invocation_of(self, adapter: Adapter | None) -> tuple[int, ...]:
@@ -72,6 +77,24 @@ class RequestReader:
             f"adapter {spec.name} is a plain LoRA without a calling text, so nothing can be appended to invoke it: "
             "send a prompt that asks for its answer instead"
         )
+
+    def _callees(self, request: Request) -> tuple[Callee, ...]:
+        params = request.params
+        callees = tuple(self._callee(invocable, params.max_tokens) for invocable in request.invocable)
+        ignored = params.ignore_eos and params.constraint is None
+        check_reachable(callees, frozenset() if ignored else self._chat.eos_token_ids)
+        return callees
+
+    def _callee(self, invocable: Invocable, max_tokens: int) -> Callee:
+        adapter = self._registry.get(invocable.adapter)
+        check_callable(adapter, invocable.closing, max_tokens)
+        if invocable.closing:
+            self._check_tokens(invocable.closing, f"the closing of adapter {invocable.adapter}")
+        matcher = None
+        if invocable.params.constraint is not None:
+            room = max_tokens - len(adapter.spec.invocation_tokens)
+            matcher = self._constraints.compile(invocable.params.constraint, min(invocable.params.max_tokens, room))
+        return Callee(adapter, invocable.params, invocable.closing, matcher)
 
     def _prepare_sampling(self, job: Job) -> None:
         params = job.params

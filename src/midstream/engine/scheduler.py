@@ -45,6 +45,10 @@ class Scheduler:
     def add(self, branches: Iterable[Branch]) -> None:
         self.waiting.extend(branches)
 
+    def add_first(self, branches: Sequence[Branch]) -> None:
+        """Put branches before all others: those of requests that have run already."""
+        self.waiting.extendleft(reversed(branches))
+
     def remove(self, job: Job) -> None:
         """Take a job's branches out and give their slots back."""
         self.waiting = deque(s for s in self.waiting if s.job is not job)
@@ -56,6 +60,7 @@ class Scheduler:
         self.running.remove(branch)
         if branch.lease is not None:
             self.tree.release(branch.lease)
+            branch.lease = None
 
     def schedule(self) -> Step | None:
         """Admit what fits and plan one forward; None when there is nothing to compute."""
@@ -70,15 +75,17 @@ class Scheduler:
         while self.waiting and len(self.running) < self._max_running:
             branch = self.waiting[0]
             job = branch.job
+            context = branch.context
+            owned_from = len(context) if job.owner is None else job.owned_from
             try:
-                lease = self.tree.lease(job.prompt, job.owned_from, job.owner, branch.growth, job.scope)
+                lease = self.tree.lease(context, owned_from, job.owner, branch.growth, job.scope)
             except OutOfSlots:
                 return
             self.waiting.popleft()
             branch.lease = lease
             job.leased = True
             self.running.append(branch)
-            for token in branch.output[: branch.growth]:
+            for token in branch.output[branch.own_from :][: branch.growth]:
                 self.tree.append(lease, token)
 
     def _plan(self, running: Sequence[Branch]) -> list[_Piece]:

@@ -20,6 +20,7 @@ from midstream.types import (
 
 if TYPE_CHECKING:
     from midstream.engine.engine import AsyncEngine
+    from midstream.remote import RemoteBackend
     from midstream.session import Conversation, Engine, Reply
 
 __all__ = [
@@ -35,17 +36,19 @@ __all__ = [
     "Message",
     "MidstreamError",
     "Regex",
+    "RemoteBackend",
     "Reply",
     "Request",
     "SamplingParams",
     "Usage",
 ]
 
-# These import torch and transformers, which takes seconds; they come when they are first used.
+# These take long to import (torch and transformers seconds); they come when they are first used.
 _HEAVY = {
     "AsyncEngine": "midstream.engine.engine",
     "Conversation": "midstream.session",
     "Engine": "midstream.session",
+    "RemoteBackend": "midstream.remote",
     "Reply": "midstream.session",
 }
 

@@ -25,6 +25,7 @@ MidstreamError
 ├── OutputError                 a generated output does not fit its contract
 ├── RetrievalError              a retriever failed, or gave what cannot be read
 ├── ForwardFailed               the forward pass of one request failed
+├── BackendError                a server that a backend calls cannot be reached or understood
 └── EngineStopped               the engine was closed or its loop failed
 """
 
@@ -201,6 +202,13 @@ class ForwardFailed(MidstreamError):
     """The forward pass of this request failed; others went on."""
 
     code = "forward_failed"
+
+
+class BackendError(MidstreamError):
+    """A server that a backend calls cannot be reached, breaks off, or answers what cannot be understood."""
+
+    status = 502
+    code = "backend_error"
 
 
 class EngineStopped(MidstreamError):

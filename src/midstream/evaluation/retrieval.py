@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import bm25s
 import numpy as np
 from numpy.typing import NDArray
 
 from midstream.errors import InputError
 from midstream.jsonl import read_lines
+from midstream.retrieval.bm25 import Bm25Retriever
+from midstream.retrieval.folder import read_corpus
 from midstream.training.tasks import Row
-from midstream.types import Chat, Message
+from midstream.types import Chat, Document, Message
 
 DEPTH = 5
 
@@ -28,19 +29,15 @@ class Query:
 
 
 class Corpus:
-    """Passages that BM25 searches (bm25s, its defaults, English stop words)."""
+    """Passages that BM25 searches."""
 
-    def __init__(self, passages: Sequence[dict[str, Any]]) -> None:
-        self._ids = [str(passage["doc_id"]) for passage in passages]
-        texts = [f"{passage.get('title', '')} {passage['text']}" for passage in passages]
-        self._index = bm25s.BM25()
-        self._index.index(_words(texts), show_progress=False)
+    def __init__(self, documents: Sequence[Document]) -> None:
+        self._retriever = Bm25Retriever(documents)
 
     def recall(self, question: str, relevant: frozenset[str]) -> float:
         """Share of the relevant passages among the first 5 found."""
-        depth = min(DEPTH, len(self._ids))
-        found, _ = self._index.retrieve(_words([question]), k=depth, show_progress=False)
-        return len({self._ids[i] for i in found[0]} & relevant) / len(relevant)
+        found = {passage.document.doc_id for passage in self._retriever.search(question, DEPTH)}
+        return len(found & relevant) / len(relevant)
 
     def recalls(self, questions: Sequence[str], queries: Sequence[Query]) -> NDArray[np.float64]:
         """Recall of each question for its query."""
@@ -67,8 +64,8 @@ def read_queries(file: Path, corpus: Sequence[Path], conversations: Sequence[Pat
         target = {"rewritten_question": row["silver_rewrite"]}
         return Query(Row(chat, target, str(row.get("domain", ""))), _ids(row["relevant_doc_ids"]))
 
-    passages = read_lines(corpus, lambda row: {"doc_id": row["doc_id"], "title": row.get("title"), "text": row["text"]})
-    return read_lines([file], read), Corpus(passages)
+    documents = read_corpus(*corpus)
+    return read_lines([file], read), Corpus(documents)
 
 
 def is_query_file(file: Path) -> bool:
@@ -95,7 +92,3 @@ def _beside(file: Path, kind: str) -> list[Path]:
     if not found:
         raise InputError(f"retrieval needs files of {kind}: none beside {file.name}, name them with --{kind}")
     return found
-
-
-def _words(texts: Sequence[str]) -> Any:
-    return bm25s.tokenize(list(texts), stopwords="en", show_progress=False)

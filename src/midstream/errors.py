@@ -11,6 +11,7 @@ MidstreamError
 │   ├── ConstraintError         a grammar, schema or choice list is invalid
 │   ├── ContractError           an io.yaml contract is invalid
 │   ├── DataError               training or evaluation rows are wrong; lists every bad row
+│   ├── ReplayError             a trace cannot be read, or lacks what is asked of it
 │   └── ModelError              a model cannot be found, read or served
 ├── AccessError                 a server turns the caller away
 │   ├── Unauthorized            no API key, or a wrong one
@@ -110,6 +111,12 @@ class DataError(InputError):
         self.source = source
         self.problems = tuple(problems)
         super().__init__(f"{source}: {len(self.problems)} bad rows: " + "; ".join(self.problems))
+
+
+class ReplayError(InputError):
+    """A trace cannot be read, or a replayed run asks for something else than the recorded one did."""
+
+    code = "replay_mismatch"
 
 
 class ModelError(InputError):

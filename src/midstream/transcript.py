@@ -6,7 +6,6 @@ whatever the chat template does to its text. Transcripts are values: to branch, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from midstream.backend import Backend
@@ -18,20 +17,20 @@ _PROBES = ("a", "b")
 
 @dataclass(frozen=True, slots=True)
 class Transcript:
-    """`tokens` are those of `messages`, each turn closed; `ends[role]` is where the last turn of that role ends."""
+    """`tokens` are those of `messages`, each turn closed; `ends[i]` is where those of `messages[i]` end."""
 
     messages: tuple[Message, ...] = ()
     tokens: tuple[int, ...] = ()
-    ends: Mapping[str, int] = field(default_factory=dict)
+    ends: tuple[int, ...] = ()
     # The template's own rendering of `messages`, where it is known.
     _rendered: tuple[int, ...] | None = field(default=(), repr=False, compare=False)
     _close: tuple[int, ...] | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     async def of(cls, backend: Backend, chat: Chat) -> Transcript:
-        """The transcript of a chat. Its documents go to its last user turn, where the template has no place for them.
+        """The transcript of a chat. Its documents go to its last user turn, whatever place the template has for them.
 
-        Raises InputError where the template rewrites earlier turns when one is added.
+        Raises InputError where the template refuses the messages, or rewrites earlier turns when one is added.
         """
         if chat.appended or chat.tools or chat.template_arguments:
             raise InputError("a transcript is made of messages and documents alone")
@@ -63,7 +62,7 @@ class Transcript:
 
     async def answered(self, backend: Backend, prompt: tuple[int, ...], answer: CompletionChoice) -> Transcript:
         """With the base model's answer to `prompt` added, as its tokens."""
-        close = await _closing(backend) if self._close is None else self._close
+        close = await closing(backend) if self._close is None else self._close
         tokens = answer.token_ids
         left = close[1:] if tokens and close and tokens[-1] == close[0] else close
         turn = Message(role="assistant", content=answer.text)
@@ -86,22 +85,32 @@ class Transcript:
             raise InputError(f"the conversation has no {role} turn")
         if last == len(self.messages) - 1:
             return self
-        end = self.ends[role]
-        return Transcript(self.messages[: last + 1], self.tokens[:end], {role: end}, None, self._close)
+        ends = self.ends[: last + 1]
+        return Transcript(self.messages[: last + 1], self.tokens[: ends[-1]], ends, None, self._close)
 
     async def _history(self, backend: Backend) -> tuple[int, ...]:
         return await backend.tokenize(self.chat, header=False) if self._rendered is None else self._rendered
 
     async def _with(self, backend: Backend, message: Message) -> Transcript:
-        after = await backend.tokenize(Chat(messages=(*self.messages, message)), header=False)
-        before = await self._history(backend)
+        before = await self._history(backend) if self.messages else ()
+        after = await self._rendering(backend, message)
         if after[: len(before)] != before:
             raise InputError("the chat template rewrites earlier turns when one is added, so they cannot be kept")
         return self._extended(message, (*self.tokens, *after[len(before) :]), after)
 
+    async def _rendering(self, backend: Backend, message: Message) -> tuple[int, ...]:
+        messages = (*self.messages, message)
+        try:
+            return await backend.tokenize(Chat(messages=messages), header=False)
+        except InputError:
+            if any(message.role != "system" for message in messages):
+                raise
+            # Some templates want a user turn beside it: then the two are rendered together.
+            return ()
+
     def _extended(self, message: Message, tokens: tuple[int, ...], rendered: tuple[int, ...] | None) -> Transcript:
-        ends = {**self.ends, message.role: len(tokens)}
-        return replace(self, messages=(*self.messages, message), tokens=tokens, ends=ends, _rendered=rendered)
+        messages, ends = (*self.messages, message), (*self.ends, len(tokens))
+        return replace(self, messages=messages, tokens=tokens, ends=ends, _rendered=rendered)
 
 
 def _placed(chat: Chat) -> tuple[Message, ...]:
@@ -116,7 +125,7 @@ def _placed(chat: Chat) -> tuple[Message, ...]:
     return (*chat.messages[:last], filled, *chat.messages[last + 1 :])
 
 
-async def _closing(backend: Backend) -> tuple[int, ...]:
+async def closing(backend: Backend) -> tuple[int, ...]:
     """What the template puts after an answer: how two chats end that differ in the answer alone."""
     question = Message(role="user", content="a")
     one, other = [

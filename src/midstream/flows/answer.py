@@ -26,13 +26,19 @@ async def answer(
     if params.n != 1:
         raise InputError(f"a turn takes one answer, and n is {params.n}: best_of_n draws several")
     prompt = await transcript.prompt(backend)
+    completion = await streamed(backend, Request(prompt=prompt, params=params), on_text)
+    return await transcript.answered(backend, prompt, completion.choices[0]), completion
+
+
+async def streamed(backend: Backend, request: Request, on_text: Callable[[str], None] | None = None) -> Completion:
+    """Run a request as a stream, so that its text is told as it comes, and give back its completion."""
     completion: Completion | None = None
-    async for delta in backend.stream(Request(prompt=prompt, params=params)):
+    async for delta in backend.stream(request):
         if delta.text and on_text is not None:
             on_text(delta.text)
         completion = delta.completion or completion
     assert completion is not None, "a stream ends with its completion"
-    return await transcript.answered(backend, prompt, completion.choices[0]), completion
+    return completion
 
 
 async def told(backend: Backend, transcript: Transcript, text: str) -> Transcript:

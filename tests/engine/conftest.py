@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from midstream.engine.engine import AsyncEngine
+from tests.engine.invoked import ADAPTERS, running
 from tests.helpers import SEVEN, make_adapter_folder, tiny_llama
+from tests.reference import peft_model
 from tests.tiny import tiny_engine
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -45,3 +47,21 @@ async def engine(model: Any, folders: dict[str, Path]) -> AsyncIterator[AsyncEng
     yield engine
     await engine.check_integrity()
     await engine.aclose()
+
+
+@pytest.fixture(scope="session")
+def callee_folders(model: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Adapters whose invocations are texts that a constraint can make the base model write."""
+    root = tmp_path_factory.mktemp("callees")
+    return {n: make_adapter_folder(model, root / n, seed=i, **s) for i, (n, s) in enumerate(ADAPTERS.items())}
+
+
+@pytest.fixture(scope="session")
+def peft(model: Any, callee_folders: dict[str, Path]) -> Any:
+    return peft_model(model, callee_folders)
+
+
+@pytest.fixture
+async def calling(model: Any, callee_folders: dict[str, Path]) -> AsyncIterator[AsyncEngine]:
+    async with running(model, callee_folders) as engine:
+        yield engine

@@ -313,7 +313,7 @@ class EngineCore:
         root = job.root
         if root.done:
             return
-        for part in (root, *root.calls):
+        for part in (root, *root.running_calls):
             self.scheduler.remove(part)
         self._close(root)
         root.listener(error)

@@ -25,7 +25,7 @@ def check_schedule(scheduler: Scheduler, jobs: Iterable[Job]) -> None:
     _require(leases == scheduler.tree.leases, "leases are held that no running branch has")
     places: Counter[Branch] = Counter([*scheduler.running, *scheduler.waiting])
     for job in jobs:
-        for branch in (branch for part in (job, *job.calls) for branch in part.branches):
+        for branch in (branch for part in (job, *job.running_calls) for branch in part.branches):
             found = places.pop(branch, 0) + (branch.finish is not None) + (branch.call is not None)
             _require(found == 1, f"a branch of {job.request_id} has {found} places of: queue, forward, call, end")
     _require(not places, "branches are scheduled for requests that have ended")

@@ -71,7 +71,7 @@ class Job:
         return own + tuple(callee.adapter for callee in self.callees)
 
     @property
-    def calls(self) -> list[Job]:
+    def running_calls(self) -> list[Job]:
         """The calls that run on its behalf."""
         return [branch.call for branch in self.branches if branch.call is not None]
 

@@ -8,7 +8,7 @@ from typing import NoReturn
 import typer
 from typer.exceptions import TyperException
 
-from midstream.cli import adapters, call, chat, complete, demo, eval, models, sample, serve, train
+from midstream.cli import adapters, call, chat, complete, demo, eval, flow, models, sample, serve, train
 from midstream.errors import InputError, MidstreamError
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app.command()(sample.sample)
 app.command("serve")(serve.command())
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(models.app, name="models")
+app.add_typer(flow.app, name="flow")
 
 
 def main() -> None:

@@ -10,11 +10,15 @@ T = TypeVar("T")
 
 
 async def together(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """All results, in order. The first failure cancels the others, waits for them, and is raised."""
+    """All results, in order. The first failure cancels the others, waits for them, and is raised.
+
+    The caller's own cancellation does the same. Each is cancelled once, so that its own ending is not cut short.
+    """
     tasks = [asyncio.create_task(work) for work in works]
     try:
         return list(await asyncio.gather(*tasks))
     finally:
         for task in tasks:
-            task.cancel()
+            if not task.cancelling():
+                task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -92,7 +92,7 @@ class Transcript:
         return await backend.tokenize(self.chat, header=False) if self._rendered is None else self._rendered
 
     async def _with(self, backend: Backend, message: Message) -> Transcript:
-        before = await self._history(backend) if self.messages else ()
+        before = await self._history(backend)
         after = await self._rendering(backend, message)
         if after[: len(before)] != before:
             raise InputError("the chat template rewrites earlier turns when one is added, so they cannot be kept")

@@ -16,8 +16,9 @@ EventKind = Literal["step", "text", "call", "decision", "candidate", "observatio
 class Event:
     """Something that happened: a step began, a piece of text came, a call ended, something was decided.
 
-    `data` is JSON: text {text}; call {adapter, usage, seconds, text or error}; decision {outcome, reason, value};
-    candidate and observation: the flow's own. The last event of a flow has the kind `end` and its result.
+    `data` is JSON: text {text, index}; call {adapter, usage, and either error, or seconds and a completion's text};
+    decision {outcome, reason, value}; candidate and observation: the flow's own. The last event of a flow is
+    end {result}; a flow that raises instead of giving a result has none.
     """
 
     kind: EventKind

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from midstream.backend import Backend
-from midstream.errors import MidstreamError, RetrievalError
+from midstream.errors import MidstreamError, OutputError, RetrievalError
 from midstream.flows.answer import answer, told, transcript_of
 from midstream.flows.run import FlowResult, Run
 from midstream.intrinsics import answerability, certainty, hallucination, jailbreak, query_rewrite, requirement_check
@@ -30,8 +31,10 @@ class RagSettings(BaseModel):
     """Which steps a turn takes, and its thresholds: probabilities between 0 and 1; None leaves a step out.
 
     `guard`: refused from this probability of a jailbreak on. `answerable`: not answered below it; `unanswerable` says
-    what happens then, a plain statement or a question back. `grounded`, `certain`, `met`: below it the answer is given,
-    but not `trusted`. `requirement` is checked where there is one.
+    what happens then, a plain statement or a question back. Where no passage is found the probability is 0.
+    `grounded` (where there are passages), `certain`, `met`: below it the answer is given, but not `trusted`.
+    `requirement` is checked where there is one. `passages`: how many to find; with 0 nothing is searched for, and the
+    steps around the search are left out.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -56,7 +59,8 @@ class RagTurn(FlowResult):
 
     `query` is what was searched for, `scores` the probability that each check gave. `transcript` is the conversation
     to go on with: with this turn, or without it where the turn was stopped before its answer was whole; `answer` is
-    then what there is of it. `trusted`: every check that was asked for was passed.
+    then what there is of it. (It is empty where a Chat was given and the turn was stopped before it was read.)
+    `trusted`: no check that was made failed, and nothing stopped the turn.
     """
 
     question: str
@@ -97,8 +101,10 @@ async def rag_turn(
     certainty, requirement_check.
     """
     turn = _Turn(backend, retriever, settings or RagSettings(), run or Run(), question)
+    if isinstance(conversation, Transcript):
+        turn.transcript = conversation
     await turn.run.execute(lambda: turn.play(conversation))
-    return turn.result()
+    return turn.run.end(turn.result())
 
 
 class _Refused(Exception):
@@ -139,7 +145,7 @@ class _Turn:
         elif self.settings.unanswerable == "say":
             await self._say(asked, self.settings.unknown, "unanswerable")
         else:
-            await self._clarify(asked)
+            await self._clarify(turn, asked)
 
     def result(self) -> RagTurn:
         return RagTurn(
@@ -174,7 +180,12 @@ class _Turn:
         if not any(message.role == "user" for message in asked.messages[:-1]):
             self.run.decide("rewrite", "kept", "the first question has nothing before it to refer to")
             return
-        found = await query_rewrite(self.run.backend(self.backend, "rewrite"), asked)
+        try:
+            found = await query_rewrite(self.run.backend(self.backend, "rewrite"), asked)
+        except OutputError as error:
+            # One that was cut short, say. The question itself still finds something.
+            self.run.decide("rewrite", "kept", f"the rewritten question cannot be read: {error}")
+            return
         query = found.question.strip()
         if query:
             self.query = query
@@ -188,12 +199,15 @@ class _Turn:
         self.run.tell("step", "retrieve")
         try:
             found = await self.retriever.retrieve(self.query, self.settings.passages)
+            passages = tuple(islice(found, self.settings.passages))
         except MidstreamError:
             raise
         except Exception as error:
             # A retriever is the caller's own and may raise anything.
             raise RetrievalError(f"retrieval failed: {type(error).__name__}: {error}") from error
-        self.passages = tuple(found)[: self.settings.passages]
+        if not all(isinstance(passage, Passage) for passage in passages):
+            raise RetrievalError("the retriever gave something else than passages")
+        self.passages = passages
         self.run.decide("retrieve", f"{len(self.passages)} passages", f"found for: {self.query}")
 
     async def _answerable(self, asked: Transcript) -> bool:
@@ -201,8 +215,8 @@ class _Turn:
         if limit is None or not self.settings.passages:
             return True
         if not self.passages:
-            self.run.decide("answerable", "no", "no passage was found")
-            return False
+            self.run.decide("answerable", "no" if limit else "yes", "no passage was found", 0.0)
+            return not limit
         found = await answerability(self.run.backend(self.backend, "answerable"), asked)
         self.scores["answerability"] = found.probability
         answered = found.probability >= limit
@@ -214,19 +228,22 @@ class _Turn:
 
     async def _answer(self, asked: Transcript) -> Transcript:
         backend = self.run.backend(self.backend, "answer")
-        params = self.settings.params
-        if params.seed is None:
-            params = params.model_copy(update={"seed": self.run.seed})
-        answered, completion = await answer(backend, asked, params, on_text=self._grow)
+        answered, completion = await answer(backend, asked, self._params(), on_text=self._grow)
         self._end(answered, completion.text, "answered")
         return answered
 
-    async def _clarify(self, asked: Transcript) -> None:
-        """Let the base model ask back. What told it to do so is no turn of the conversation."""
+    async def _clarify(self, turn: Message, asked: Transcript) -> None:
+        """Let the base model ask back. What tells it to do so ends the turn, because some templates refuse a second
+        user turn, and does not stay in the conversation."""
         backend = self.run.backend(self.backend, "clarify")
-        instructed = await asked.add(backend, Message(role="user", content=_CLARIFY))
-        _, completion = await answer(backend, instructed, self.settings.params, on_text=self._grow)
+        instruction = turn.model_copy(update={"content": f"{turn.content}\n\n{_CLARIFY}"})
+        instructed = await self.transcript.add(backend, instruction)
+        _, completion = await answer(backend, instructed, self._params(), on_text=self._grow)
         self._end(await told(backend, asked, completion.text), completion.text, "clarified")
+
+    def _params(self) -> SamplingParams:
+        params = self.settings.params
+        return params if params.seed is not None else params.model_copy(update={"seed": self.run.seed})
 
     async def _say(self, asked: Transcript, text: str, outcome: Outcome) -> None:
         self.run.tell("text", "answer", {"text": text, "index": 0})

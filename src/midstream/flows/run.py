@@ -5,22 +5,25 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from midstream.backend import Backend
 from midstream.errors import BudgetExceeded, Cancelled, DeadlineExceeded, MidstreamError
 from midstream.flows.events import Call, Decision, Event, EventKind, Listener, error_dict, total
 from midstream.types import AdapterInfo, Chat, Completion, Delta, Request, Score, Usage
 
+R = TypeVar("R", bound="FlowResult")
+
 
 @dataclass(frozen=True, kw_only=True)
 class FlowResult:
     """What every flow gives back, whole or stopped. `error`: what stopped it, None when it came to its end.
 
-    `usage` sums over `calls`; `seed` reproduces the run.
+    `calls` are in the order in which they ended, and `usage` is their sum: what a call that failed or was stopped had
+    computed is not known. `seed` reproduces the run.
     """
 
     error: MidstreamError | None
@@ -61,6 +64,9 @@ class Run:
 
     `deadline_s` is from the flow's start. `max_tokens` bounds the tokens that are computed (prompt positions and
     answers): no call begins once they are spent. Without a `seed` one is drawn, and told in the result.
+
+    `on_event` is called in the flow's event loop, which waits for it. What it raises stops the flow: a MidstreamError
+    becomes the flow's error, anything else is raised to the flow's caller. Either way nothing is left running.
     """
 
     def __init__(
@@ -82,12 +88,16 @@ class Run:
         self._started: float | None = None
         self._task: asyncio.Task[None] | None = None
         self._cancelled = False
-        self._adapters: tuple[AdapterInfo, ...] | None = None
+        self._adapters: dict[int, tuple[AdapterInfo, ...]] = {}
+        self._asking = asyncio.Lock()
+        self._unbounded = 0
 
     # ------------------------------------------------------------------ for callers
 
     def cancel(self) -> None:
         """Stop the flow; it gives back what it has, with the error Cancelled. To be called in the flow's event loop."""
+        if self._cancelled:
+            return  # a second cancellation would cut short how the first one ends
         self._cancelled = True
         if self._task is not None:
             self._task.cancel()
@@ -99,31 +109,51 @@ class Run:
     # ------------------------------------------------------------------ for flows
 
     async def execute(self, body: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Run a flow's body until it ends or is stopped; `error` says by what. Nothing of it is left running."""
+        """Run a flow's body until it ends or is stopped; `error` says by what. Nothing of it is left running.
+
+        Raises CancelledError when the caller's own task is cancelled, what the body raises that is no MidstreamError,
+        and RuntimeError when this run has served a flow already.
+        """
         if self._started is not None:
             raise RuntimeError("a Run serves one flow: make another")
         self._started = time.monotonic()
+        cancelled_before = _cancellations()
         self._task = asyncio.create_task(body())
         if self._cancelled:
             self._task.cancel()
+        deadline = asyncio.timeout(self.deadline_s)
         try:
-            async with asyncio.timeout(self.deadline_s):
+            async with deadline:
                 await self._task
         except TimeoutError:
+            if not deadline.expired():
+                raise  # the body's own
             self.error = DeadlineExceeded(f"the flow did not finish within {self.deadline_s} s")
         except MidstreamError as error:
             self.error = error
         except asyncio.CancelledError:
-            if not self._cancelled:
+            if _cancellations() > cancelled_before:
                 raise  # the caller's own task was cancelled
             self.error = Cancelled("the flow was cancelled")
         finally:
             self.seconds = time.monotonic() - self._started
 
-    def backend(self, backend: Backend, step: str) -> Backend:
-        """The backend as one step of this run sees it: counted, and held to the run's limits."""
+    def backend(self, backend: Backend, step: str, *, quiet: bool = False) -> Backend:
+        """The backend as one step of this run sees it: counted, and held to the run's limits.
+
+        `quiet`: what it streams is not told as text; the flow does that itself, or withholds it.
+        """
         self.tell("step", step)
-        return _Metered(self, backend, step)
+        return _Metered(self, backend, step, quiet)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """What begins in here is brought to its end: its calls are not held to the token budget."""
+        self._unbounded += 1
+        try:
+            yield
+        finally:
+            self._unbounded -= 1
 
     def decide(self, step: str, outcome: str, reason: str, value: float | None = None) -> None:
         """Note a decision."""
@@ -135,6 +165,12 @@ class Run:
         """Tell the listener, if there is one."""
         if self._on_event is not None:
             self._on_event(Event(kind, step, data or {}))
+
+    def end(self, result: R) -> R:
+        """Tell that the flow has ended, and give its result back: the last thing a flow does."""
+        if self._on_event is not None:
+            self.tell("end", "end", {"result": result.as_dict()})
+        return result
 
     def finish(self) -> dict[str, Any]:
         """The fields of the flow's result that are the run's."""
@@ -150,13 +186,14 @@ class Run:
 
     async def adapters_of(self, backend: Backend) -> tuple[AdapterInfo, ...]:
         """The backend's adapters as they were when the run first asked: a run uses one set of them."""
-        if self._adapters is None:
-            self._adapters = await backend.adapters()
-        return self._adapters
+        async with self._asking:
+            if id(backend) not in self._adapters:
+                self._adapters[id(backend)] = await backend.adapters()
+            return self._adapters[id(backend)]
 
     def limited(self, request: Request) -> Request:
         """A request with what is left of the run's time. Raises BudgetExceeded when its tokens are spent."""
-        if self.max_tokens is not None and self.tokens_spent >= self.max_tokens:
+        if self.max_tokens is not None and not self._unbounded and self.tokens_spent >= self.max_tokens:
             raise BudgetExceeded(f"the flow has spent {self.tokens_spent} of its {self.max_tokens} tokens")
         if self.deadline_s is None or self._started is None:
             return request
@@ -173,44 +210,35 @@ class Run:
 class _Metered:
     """A backend whose calls are noted in a run."""
 
-    def __init__(self, run: Run, backend: Backend, step: str) -> None:
+    def __init__(self, run: Run, backend: Backend, step: str, quiet: bool) -> None:
         self._run = run
         self._backend = backend
         self._step = step
+        self._quiet = quiet
 
     async def complete(self, request: Request) -> Completion:
         limited = self._run.limited(request)
-        try:
+        with self._noting(request) as note:
             completion = await self._backend.complete(limited)
-        except MidstreamError as error:
-            self._run.record(Call(self._step, request, error))
-            raise
-        self._run.record(Call(self._step, request, completion))
+            note(completion)
         return completion
 
     async def stream(self, request: Request) -> AsyncGenerator[Delta, None]:
         limited = self._run.limited(request)
-        try:
-            async with aclosing(_generator(self._backend, limited)) as deltas:
+        with self._noting(request) as note:
+            async with aclosing(opened(self._backend, limited)) as deltas:
                 async for delta in deltas:
-                    if delta.text:
+                    if delta.text and not self._quiet:
                         self._run.tell("text", self._step, {"text": delta.text, "index": delta.index})
                     if delta.completion is not None:
-                        self._run.record(Call(self._step, request, delta.completion))
+                        note(delta.completion)
                     yield delta
-        except MidstreamError as error:
-            self._run.record(Call(self._step, request, error))
-            raise
 
     async def score(self, request: Request, continuations: Sequence[Sequence[int]]) -> Score:
-        given = tuple(tuple(each) for each in continuations)
         limited = self._run.limited(request)
-        try:
+        with self._noting(request, tuple(tuple(each) for each in continuations)) as note:
             score = await self._backend.score(limited, continuations)
-        except MidstreamError as error:
-            self._run.record(Call(self._step, request, error, given))
-            raise
-        self._run.record(Call(self._step, request, score, given))
+            note(score)
         return score
 
     async def tokenize(self, prompt: str | Chat, *, header: bool = True) -> tuple[int, ...]:
@@ -219,8 +247,30 @@ class _Metered:
     async def adapters(self) -> tuple[AdapterInfo, ...]:
         return await self._run.adapters_of(self._backend)
 
+    @contextmanager
+    def _noting(
+        self, request: Request, continuations: tuple[tuple[int, ...], ...] = ()
+    ) -> Iterator[Callable[[Completion | Score], None]]:
+        """Note a call once: by its outcome, or by what ends it before."""
+        noted = False
 
-async def _generator(backend: Backend, request: Request) -> AsyncGenerator[Delta, None]:
+        def note(outcome: Completion | Score | MidstreamError) -> None:
+            nonlocal noted
+            if not noted:
+                noted = True
+                self._run.record(Call(self._step, request, outcome, continuations))
+
+        try:
+            yield note
+        except MidstreamError as error:
+            note(error)
+            raise
+        except (asyncio.CancelledError, GeneratorExit):
+            note(Cancelled("the call was left before its end"))
+            raise
+
+
+async def opened(backend: Backend, request: Request) -> AsyncGenerator[Delta, None]:
     """A backend's stream as a generator, which can be closed."""
     stream = backend.stream(request)
     try:
@@ -230,6 +280,12 @@ async def _generator(backend: Backend, request: Request) -> AsyncGenerator[Delta
         close = getattr(stream, "aclose", None)
         if close is not None:
             await close()
+
+
+def _cancellations() -> int:
+    """How often the current task was asked to end."""
+    task = asyncio.current_task()
+    return 0 if task is None else task.cancelling()
 
 
 def spent(usage: Usage) -> int:

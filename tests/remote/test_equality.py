@@ -12,6 +12,7 @@ import pytest
 
 from midstream.backend import Backend
 from midstream.engine.engine import AsyncEngine
+from midstream.errors import InputError
 from midstream.intrinsics import IntrinsicResult, call_intrinsics
 from midstream.remote import RemoteBackend
 from midstream.types import (
@@ -205,8 +206,6 @@ async def test_what_the_engine_refuses_is_refused_in_the_same_type(
 
 @pytest.mark.parametrize("continuations", [[], [[]], [[10**7]]])
 async def test_bad_continuations_are_refused(far: RemoteBackend, continuations: list[list[int]]) -> None:
-    from midstream.errors import InputError
-
     with pytest.raises(InputError):
         await far.score(Request(prompt=IDS), continuations)
 

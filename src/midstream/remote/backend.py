@@ -193,7 +193,7 @@ class RemoteBackend:
         constraint = asked.request.params.constraint
         if isinstance(constraint, Choice):
             asked.parting = await self._parting(constraint.options)
-        if asked.parting is not None and not asked.request.params.logprobs:
+        if asked.parting is not None:
             asked.body = with_logprobs(asked.body)
 
     async def _parting(self, options: tuple[str, ...]) -> Parting | None:

@@ -10,6 +10,8 @@ import pytest
 
 from midstream.adapters.activation import find_last
 from midstream.engine.engine import AsyncEngine
+from midstream.engine.output import OutputWriter
+from midstream.engine.request import Branch, Job
 from midstream.types import Choice, Invocable, Regex, Request, SamplingParams
 from tests.engine.invoked import (
     EOS,
@@ -184,6 +186,44 @@ async def test_an_answers_end_of_sequence_token_is_not_inserted_and_one_in_the_c
         assert done.text[2:] == "@c:" + call.text + "<|im_end|>" + done.text[-3:]
         verify(watch, peft, done)
     assert ended, "no answer ended with the token"
+
+
+async def test_an_empty_answer_lets_the_base_model_go_on(calling: AsyncEngine, peft: Any) -> None:
+    watch = Watch(calling)
+    empty = 0
+    for seed in range(6):
+        watch.forget()
+        callee = invocable("check", constraint=Regex(pattern="a?"), temperature=9.0, seed=seed)
+        done = await calling.complete(writing("[a-e]{2}@c:[a-e]{3}", *callee))
+        verify(watch, peft, done)
+        call = done.choices[0].calls[0]
+        assert done.text[2:] == "@c:" + call.text + done.text[-3:]
+        assert call.end - call.start == 3 + len(call.token_ids)
+        empty += not call.token_ids
+    assert empty, "no answer was empty"
+
+
+async def test_an_answer_invokes_nobody_and_keeps_the_tokens_of_its_stop_string(calling: AsyncEngine) -> None:
+    callees = invocable("check", "rate", constraint=Choice(options=("a@r:b@c:c",)), stop=(":c",), max_tokens=20)
+    done = await calling.complete(writing("x@c:y", *callees))
+    (call,) = done.choices[0].calls
+    assert (call.text, call.finish_reason) == ("a@r:b@c", "stop")
+    assert done.text == "x@c:a@r:b@c:cy"
+
+
+def test_a_character_that_an_answer_leaves_incomplete_is_not_completed_by_what_follows() -> None:
+    """Its text has been told by then."""
+    chat = tiny_chat()
+    writer = OutputWriter(chat.decode, chat.eos_token_ids, chat.token_text)
+    branch = Branch(Job("a", TEXT, None, None, SamplingParams(), listener=lambda _: None), 0)
+    first, second, third = tokens("\u20ac")
+    writer.take(branch, tokens("a")[0])
+    writer.insert(branch, (first, second))
+    told = branch.text
+    assert told == "a\ufffd"
+    for token in (third, *tokens("b")):
+        writer.take(branch, token)
+    assert branch.text == told + "\ufffdb"
 
 
 # ---------------------------------------------------------------------- branches, streams, seeds

@@ -135,6 +135,31 @@ def test_the_base_model_never_hits_an_adapters_kv() -> None:
     assert tree.cached_prefix([1, 2, 3, 4, 5], 2, "A") == 5
 
 
+def test_an_adapter_takes_over_where_a_sequence_ends_and_the_base_model_takes_up_where_it_stopped() -> None:
+    """An invocation `8 9` at the end of an output: its last token was sampled and has no KV yet."""
+    tree = KVTree(100)
+    memory = Memory(tree)
+    base = tree.lease([1, 2, 3], 3, None, 6)
+    for token in (4, 8):
+        tree.append(base, token)
+    memory.compute(base, 100)
+    tree.append(base, 9)
+    tree.release(base)
+    called = [1, 2, 3, 4, 8, 9]
+    call = tree.lease(called, 4, "A", 2)
+    assert memory.compute(call, 100) == 2
+    tree.append(call, 5)
+    tree.release(call)
+    memory.check()
+    check_integrity(tree)
+    assert tree.cached_prefix([*called, 5], 7, None) == 5
+    resumed = tree.lease([*called, 5, 6], 8, None, 0)
+    assert memory.compute(resumed, 100) == 3
+    tree.release(resumed)
+    memory.check()
+    check_integrity(tree)
+
+
 def test_leases_that_arrive_together_share_what_nobody_has_computed_yet() -> None:
     tree = KVTree(100)
     first = tree.lease([1, 2, 3, 4, 5], 5, None, 0)

@@ -25,7 +25,8 @@ RICH = (
     "{% if mood %}({{ mood }}){% endif %}{% for t in tools or [] %}<{{ t | tojson }}>{% endfor %}"
     "{% for d in documents or [] %}[{{ d.doc_id }}|{{ d.title }}|{{ d.text }}]{% endfor %}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
-    "{% for c in m.tool_calls or [] %}{{ c | tojson }}{% endfor %}{{ m.tool_call_id or '' }}{{ m.odd or '' }}<|im_end|>\n"
+    "{% for c in m.tool_calls or [] %}{{ c | tojson }}{% endfor %}{{ m.tool_call_id or '' }}{{ m.odd or '' }}"
+    "<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 TEXTS = ("hello", "  spaces  ", "", "Zeilen\nund\u2028mehr\x85", "<|im_end|> said", "é 漢字 🙂", '{"json": "\\n"}')

@@ -155,7 +155,7 @@ async def test_scores_come_from_prompt_logprobs(plain: RemoteBackend, embedded: 
     expected = await embedded.score(request, continuations)
     found = await plain.score(request, continuations)
     for one, other in zip(found.logprobs, expected.logprobs, strict=True):
-        assert one == pytest.approx(other, abs=1e-6)
+        assert one == pytest.approx(other, abs=1e-5), "computed in other steps"
     assert found.activation_index == expected.activation_index
     for bad in ([], [[]]):
         with pytest.raises(InputError):

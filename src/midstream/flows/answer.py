@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import aclosing
 
 from midstream.backend import Backend
 from midstream.errors import InputError
+from midstream.flows.run import opened
 from midstream.transcript import Transcript
-from midstream.types import Chat, Completion, Message, Request, SamplingParams
+from midstream.types import Chat, Completion, Delta, Message, Request, SamplingParams
 
 
 async def transcript_of(backend: Backend, conversation: Chat | Transcript) -> Transcript:
@@ -32,11 +34,21 @@ async def answer(
 
 async def streamed(backend: Backend, request: Request, on_text: Callable[[str], None] | None = None) -> Completion:
     """Run a request as a stream, so that its text is told as it comes, and give back its completion."""
-    completion: Completion | None = None
-    async for delta in backend.stream(request):
+
+    def heard(delta: Delta) -> None:
         if delta.text and on_text is not None:
             on_text(delta.text)
-        completion = delta.completion or completion
+
+    return await followed(backend, request, heard)
+
+
+async def followed(backend: Backend, request: Request, on_delta: Callable[[Delta], None]) -> Completion:
+    """Run a request as a stream, each piece of which is told as it comes, and give back its completion."""
+    completion: Completion | None = None
+    async with aclosing(opened(backend, request)) as deltas:
+        async for delta in deltas:
+            on_delta(delta)
+            completion = delta.completion or completion
     assert completion is not None, "a stream ends with its completion"
     return completion
 

@@ -107,12 +107,14 @@ async def agent(
     steps: list[AgentStep] = []
     found = _Agent(backend, tools, settings, run, steps, agents_left=settings.max_depth - 1)
     await run.execute(lambda: found.play(conversation))
-    return AgentRun(
-        steps=tuple(steps),
-        answer=found.answer,
-        stopped=found.stopped,
-        transcript=found.transcript,
-        **run.finish(),
+    return run.end(
+        AgentRun(
+            steps=tuple(steps),
+            answer=found.answer,
+            stopped=found.stopped,
+            transcript=found.transcript,
+            **run.finish(),
+        )
     )
 
 

@@ -53,7 +53,8 @@ class TracedError(_Part):
 
     @classmethod
     def of(cls, error: MidstreamError) -> TracedError:
-        return cls(type=type(error).__name__, message=str(error), fields=json.loads(json.dumps(vars(error), default=str)))
+        fields = json.loads(json.dumps(vars(error), default=str))
+        return cls(type=type(error).__name__, message=str(error), fields=fields)
 
     def restored(self) -> MidstreamError:
         """The error. Raises ReplayError where there is no such type."""

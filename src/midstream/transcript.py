@@ -61,9 +61,13 @@ class Transcript:
         return (*self.tokens, *prompt[len(history) :])
 
     async def answered(self, backend: Backend, prompt: tuple[int, ...], answer: CompletionChoice) -> Transcript:
-        """With the base model's answer to `prompt` added, as its tokens."""
+        """With the base model's answer to `prompt` added, as its tokens.
+
+        What ended it (an end-of-sequence token, whichever it was, or a stop string) gives way to the template's own
+        closing. Where the answer is not tokenized as its text would be, a stop string or another end stays.
+        """
         close = await closing(backend) if self._close is None else self._close
-        tokens = answer.token_ids
+        tokens = await _spoken(backend, answer)
         left = close[1:] if tokens and close and tokens[-1] == close[0] else close
         turn = Message(role="assistant", content=answer.text)
         return replace(self._extended(turn, (*prompt, *tokens, *left), None), _close=close)
@@ -123,6 +127,14 @@ def _placed(chat: Chat) -> tuple[Message, ...]:
     turn = chat.messages[last]
     filled = turn.model_copy(update={"documents": (*turn.documents, *chat.documents)})
     return (*chat.messages[:last], filled, *chat.messages[last + 1 :])
+
+
+async def _spoken(backend: Backend, answer: CompletionChoice) -> tuple[int, ...]:
+    """The answer's tokens without those behind its text, where the tokens of the text show which these are."""
+    if answer.finish_reason != "stop":
+        return answer.token_ids
+    text = await backend.tokenize(answer.text) if answer.text else ()
+    return text if answer.token_ids[: len(text)] == text else answer.token_ids
 
 
 async def closing(backend: Backend) -> tuple[int, ...]:

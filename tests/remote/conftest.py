@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 
 from midstream.engine.engine import AsyncEngine
 from midstream.remote import RemoteBackend
+from tests.helpers import make_adapter_folder, tiny_llama
 from tests.server.running import Running, make_engine, running
+from tests.tiny import tiny_chat
+
+
+def engine_with_note(root: Path) -> AsyncEngine:
+    """The server's adapters, and one that a plain text invokes."""
+    engine = make_engine(root)
+    folder = make_adapter_folder(tiny_llama(), root / "note", seed=7, invocation=tiny_chat().encode("@n:"))
+    contract = {"model": None, "response_format": json.dumps({"enum": ["yes", "no"]}), "transformations": None}
+    (folder / "io.yaml").write_text(json.dumps({**contract, "parameters": {"max_tokens": 9}}))
+    asyncio.run(engine.load_adapter(folder))
+    return engine
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with running(make_engine(tmp_path_factory.mktemp("served"))) as server:
+    with running(engine_with_note(tmp_path_factory.mktemp("served"))) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def embedded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AsyncEngine]:
-    engine = make_engine(tmp_path_factory.mktemp("embedded"))
+    engine = engine_with_note(tmp_path_factory.mktemp("embedded"))
     yield engine
     asyncio.run(engine.aclose())
 

@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -224,9 +224,11 @@ FAULTS = {
 
 @asynccontextmanager
 async def raw(fault: Callable[..., Awaitable[None]]) -> AsyncIterator[str]:
-    """A server that lists its model, and then does something wrong."""
+    """A server that lists its model, and then does something wrong. At the end no connection may be open."""
+    tasks: set[asyncio.Task[None] | None] = set()
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        tasks.add(asyncio.current_task())
         head = await reader.readline()
         try:
             if b"/v1/models" in head:
@@ -240,10 +242,14 @@ async def raw(fault: Callable[..., Awaitable[None]]) -> AsyncIterator[str]:
             pass
         finally:
             writer.close()
+            with suppress(ConnectionError):
+                await writer.wait_closed()
 
     server = await asyncio.start_server(handle, "127.0.0.1", 0)
     try:
         yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        async with asyncio.timeout(20):
+            await asyncio.gather(*(task for task in tasks if task is not None))
     finally:
         server.close()
 

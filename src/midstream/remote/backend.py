@@ -112,6 +112,8 @@ class RemoteBackend:
 
         vLLM reads each as a prompt of its own, and its prefix is not reused.
         """
+        if request.invocable:
+            raise InputError("score writes no output that could invoke an adapter: leave `invocable` out")
         async with _until(_end_of(request), request):
             asked = await self._asked(request)
             with _as_adapter(request):

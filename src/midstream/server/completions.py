@@ -8,18 +8,20 @@ from contextlib import aclosing
 from typing import Any, TypeVar
 
 from fastapi import APIRouter
+from pydantic import ValidationError
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from midstream.errors import InputError, MidstreamError
 from midstream.server import replies
-from midstream.server.params import defaults_of, max_tokens_of, params_of
+from midstream.server.invocables import invocables_of
+from midstream.server.params import defaults_of, max_tokens_of, params_of, wrong
 from midstream.server.prompts import chat_of, prompt_of
 from midstream.server.replies import Head, Shown
 from midstream.server.schemas import ChatBody, Sampling, ScoreBody, TextBody
 from midstream.server.service import Exchange, Service
 from midstream.server.stream import DONE, EventStream, event, unless_gone
-from midstream.types import AdapterInfo, Completion, CompletionChoice, Delta, Request, SamplingParams
+from midstream.types import AdapterInfo, Completion, CompletionChoice, Delta, Invocable, Request, SamplingParams
 
 T = TypeVar("T")
 
@@ -46,7 +48,8 @@ def routes(service: Service) -> APIRouter:
         asked = body.max_completion_tokens or body.max_tokens
         logprobs = bool(body.logprobs)
         defaults = defaults_of(adapter, max_tokens=service.config.default_max_tokens)
-        request = _request(service, body, prompt, adapter, defaults, asked, logprobs, body.top_logprobs or 0)
+        invocable = await invocables_of(service.backend(http), body.invocable)
+        request = _request(service, body, prompt, adapter, defaults, asked, logprobs, body.top_logprobs or 0, invocable)
         head, shown = Head.chat(adapter.name if adapter else service.model_name), _shown(body, logprobs)
         if not body.stream:
             completion = await unless_gone(http, service.backend(http).complete(request))
@@ -66,8 +69,9 @@ def routes(service: Service) -> APIRouter:
         adapter = service.adapter_of(body.model)
         prompts = await asyncio.to_thread(_prompts, service, body)
         logprobs = body.logprobs is not None
+        invocable = await invocables_of(service.backend(http), body.invocable)
         requests = [
-            _request(service, body, prompt, adapter, _TEXT, body.max_tokens, logprobs, body.logprobs or 0)
+            _request(service, body, prompt, adapter, _TEXT, body.max_tokens, logprobs, body.logprobs or 0, invocable)
             for prompt in prompts
         ]
         head, shown = Head.text(adapter.name if adapter else service.model_name), _shown(body, logprobs)
@@ -175,12 +179,23 @@ def _request(
     asked: int | None,
     logprobs: bool,
     top_logprobs: int,
+    invocable: tuple[Invocable, ...],
 ) -> Request:
     context = service.engine.max_context_tokens
     max_tokens = max_tokens_of(asked, len(prompt), default=defaults.max_tokens, context=context)
     params = params_of(body, defaults, max_tokens=max_tokens, logprobs=logprobs, top_logprobs=top_logprobs)
     name = adapter.name if adapter else None
-    return Request(prompt=prompt, adapter=name, params=params, cache_scope=body.cache_salt or "")
+    try:
+        return Request(
+            prompt=prompt,
+            adapter=name,
+            params=params,
+            cache_scope=body.cache_salt or "",
+            invocable=invocable,
+            max_invocations=body.max_invocations,
+        )
+    except ValidationError as error:
+        raise wrong(error) from error
 
 
 def _shown(body: Sampling, logprobs: bool) -> Shown:

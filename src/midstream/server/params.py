@@ -11,7 +11,7 @@ from midstream.errors import ConstraintError, InputError
 from midstream.intrinsics.constraint import constraint_of_schema
 from midstream.intrinsics.render import sampling_params
 from midstream.intrinsics.spec import load_contract
-from midstream.server.schemas import Sampling, StructuredOutputs
+from midstream.server.schemas import Decoding, StructuredOutputs
 from midstream.types import AdapterInfo, Choice, Constraint, JsonSchema, Regex, SamplingParams
 
 # Where a schema holds schemas, by position and by name; and what an object says of properties that it does not name.
@@ -32,7 +32,7 @@ def defaults_of(adapter: AdapterInfo | None, *, max_tokens: int) -> SamplingPara
 
 
 def params_of(
-    body: Sampling, defaults: SamplingParams, *, max_tokens: int, logprobs: bool, top_logprobs: int
+    body: Decoding, defaults: SamplingParams, *, max_tokens: int, logprobs: bool, top_logprobs: int
 ) -> SamplingParams:
     """Sampling parameters. Raises InputError that names the field, ConstraintError for an invalid format."""
     given: dict[str, Any] = {
@@ -57,8 +57,13 @@ def params_of(
             constraint=_constraint(body, defaults.constraint),
         )
     except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'request'}: {e['msg']}" for e in error.errors())
-        raise InputError(wrong) from error
+        raise wrong(error) from error
+
+
+def wrong(error: ValidationError) -> InputError:
+    """All that is wrong with values that the library's own types refuse."""
+    each = [f"{'.'.join(map(str, e['loc'])) or 'request'}: {e['msg']}" for e in error.errors()]
+    return InputError("; ".join(each))
 
 
 def max_tokens_of(asked: int | None, prompt_tokens: int, *, default: int, context: int) -> int:
@@ -66,7 +71,7 @@ def max_tokens_of(asked: int | None, prompt_tokens: int, *, default: int, contex
     return asked if asked is not None else max(1, min(default, context - prompt_tokens))
 
 
-def _constraint(body: Sampling, default: Constraint | None) -> Constraint | None:
+def _constraint(body: Decoding, default: Constraint | None) -> Constraint | None:
     if body.structured_outputs is not None:
         return _structured(body.structured_outputs)
     if body.guided_json is not None:

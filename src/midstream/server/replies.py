@@ -10,7 +10,7 @@ from typing import Any
 
 from midstream.errors import InputError, MidstreamError, PromptTooLong
 from midstream.intrinsics import IntrinsicResult
-from midstream.types import Completion, CompletionChoice, Delta, Score, TokenLogprob, Usage
+from midstream.types import Completion, CompletionChoice, Delta, InvokedCall, Score, TokenLogprob, Usage
 
 # JSON has no minus infinity; clients know this value from vLLM.
 _LEAST_LOGPROB = -9999.0
@@ -141,6 +141,22 @@ def _end(choice: CompletionChoice, completion: Completion) -> dict[str, Any]:
         "finish_reason": choice.finish_reason,
         "probabilities": choice.probabilities,
         "activation_index": completion.activation_index,
+        **({"calls": [_call(call) for call in choice.calls]} if choice.calls else {}),
+    }
+
+
+def _call(call: InvokedCall) -> dict[str, Any]:
+    """An adapter's answer inside the base model's output."""
+    return {
+        "adapter": call.adapter,
+        "start": call.start,
+        "end": call.end,
+        "text": call.text,
+        "token_ids": list(call.token_ids),
+        "finish_reason": call.finish_reason,
+        "probabilities": call.probabilities,
+        "usage": usage(call.usage),
+        "seconds": call.seconds,
     }
 
 

@@ -108,10 +108,9 @@ class StructuredOutputs(Part):
         return self
 
 
-class Sampling(Body):
-    """What both completion endpoints share. No temperature: 1 for the base model, 0 for an adapter."""
+class Decoding(Part):
+    """How an answer is decoded."""
 
-    model: Name | None = None
     max_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0.0, le=10.0, allow_inf_nan=False)
     top_p: float | None = Field(default=None, gt=0.0, le=1.0)
@@ -121,13 +120,41 @@ class Sampling(Body):
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     stop: str | list[str] | None = None
     ignore_eos: bool = False
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: dict[str, Any] | str | None = Field(
         default=None, description="The older name of structured_outputs.json, which Mellea sends with texts."
     )
     response_format: ResponseFormat | None = None
+
+    @model_validator(mode="after")
+    def _one_format(self) -> Self:
+        response_format = self.response_format and self.response_format.type != "text"
+        if sum(map(bool, (response_format, self.structured_outputs, self.guided_json is not None))) > 1:
+            raise ValueError("response_format, structured_outputs and guided_json exclude each other")
+        return self
+
+
+class InvocableBody(Part):
+    """An adapter that the base model's output may invoke. Without `params` its contract says how it answers; with
+    them, they alone do (greedy, 256 tokens at most, where they say nothing). `closing`: what follows its answer."""
+
+    adapter: Name
+    closing: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
+    params: Decoding | None = None
+
+
+class Sampling(Body, Decoding):
+    """What both completion endpoints share. No temperature: 1 for the base model, 0 for an adapter."""
+
+    model: Name | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    invocable: list[Name | InvocableBody] | None = Field(
+        default=None,
+        max_length=64,
+        description="Adapters that the base model's own output may invoke; of a name alone, the contract says how.",
+    )
+    max_invocations: int = Field(default=8, ge=1)
     return_token_ids: bool | None = Field(default=None, description="Add `token_ids` and `prompt_token_ids`.")
     return_tokens_as_token_ids: bool | None = Field(
         default=None, description="In logprobs, tokens read `token_id:7`; `token_texts` has the text of each."
@@ -148,13 +175,6 @@ class Sampling(Body):
     service_tier: Literal["auto", "default"] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-
-    @model_validator(mode="after")
-    def _one_format(self) -> Self:
-        response_format = self.response_format and self.response_format.type != "text"
-        if sum(map(bool, (response_format, self.structured_outputs, self.guided_json is not None))) > 1:
-            raise ValueError("response_format, structured_outputs and guided_json exclude each other")
-        return self
 
     @model_validator(mode="after")
     def _streamed(self) -> Self:

@@ -59,6 +59,9 @@ class Telemetry:
         self._computed.labels(name, owner).inc(usage.computed_tokens)
         for choice in completion.choices:
             self._success.labels(name, choice.finish_reason).inc()
+            for call in choice.calls:
+                self._reused.labels(name, call.adapter).inc(call.usage.cached_tokens)
+                self._computed.labels(name, call.adapter).inc(call.usage.computed_tokens)
         self._whole.labels(name).observe(completion.seconds)
         if completion.time_to_first_token_s is not None:
             self._first.labels(name).observe(completion.time_to_first_token_s)

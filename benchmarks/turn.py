@@ -13,7 +13,8 @@ requirement_check at once. The sides, interleaved, each conversation with no KV 
 All sides read the same tokens and decode as many: base answers and rewritten questions have fixed lengths, a label is
 one decision. Prompts are the same tokens too: where a plain LoRA is called, aLoRA's invocation stands as plain text.
 Before anything is timed, every answer of the aLoRA side is compared with the same call computed from nothing; in every
-round, base answers are compared between the sides.
+round, base answers are compared between the sides. In float32 a difference ends the run. Narrower types round
+otherwise where other rows are computed at once, so that near ties fall otherwise: there differences are counted.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.common import machine, spread, write
-from benchmarks.turn_play import PHASES, Played, differences, play, recomputed
+from benchmarks.turn_play import PHASES, Comparison, Played, play, recomputed
 from benchmarks.turn_script import INTRINSICS, REQUIREMENT, Lengths, Script, read_rows, write_script
 from benchmarks.turn_sides import EngineSide, PeftSide, Side, plain_copies
 from midstream.config import EngineConfig
@@ -100,7 +103,8 @@ def measure(
     engine: Engine, sides: Sequence[Side], scripts: Sequence[Script], rounds: int, peft_rounds: int
 ) -> dict[str, Any]:
     """Check, then play all rounds. Raises SystemExit where an engine's side does not answer as it must."""
-    references = [_reference(engine, sides[0], script) for script in scripts]
+    comparison = Comparison(strict=engine.aio._loaded.dtype == torch.float32)
+    references = [_reference(engine, sides[0], script, comparison) for script in scripts]
     played: dict[str, list[list[Played]]] = {side.name: [] for side in sides}
     for number in range(rounds):
         taking_part = [side for side in sides if side.name != "peft" or number < peft_rounds]
@@ -110,32 +114,26 @@ def measure(
         turned = [taking_part[(number + i) % len(taking_part)] for i in range(len(taking_part))]
         for script, reference in zip(scripts, references, strict=True):
             for side in turned:
-                played[side.name][-1].append(_one(side, script, reference))
-    return report(scripts, references, played)
+                played[side.name][-1].append(_one(side, script, reference, comparison))
+    return {**report(scripts, references, played), "equal": comparison.counts}
 
 
-def _reference(engine: Engine, alora: Side, script: Script) -> Played:
+def _reference(engine: Engine, alora: Side, script: Script, comparison: Comparison) -> Played:
     """What the aLoRA side answers, compared with the same calls computed from nothing. It warms all kernels up too."""
     reference = asyncio.run(play(alora, script))
     print(f"{script.id}: context after each turn {reference.context_tokens}", flush=True)
     alone = EngineSide("alone", engine, {name: name for name in INTRINSICS}, "nothing")
-    _refuse(asyncio.run(recomputed(alone, reference)), f"{script.id}: with reused KV and from nothing")
+    comparison.note("alora, computed from nothing", reference, asyncio.run(recomputed(alone, reference)))
     return reference
 
 
-def _one(side: Side, script: Script, reference: Played) -> Played:
+def _one(side: Side, script: Script, reference: Played, comparison: Comparison) -> Played:
     played = asyncio.run(play(side, script, reference.answers))
     print(f"{script.id} {side.name}: {played.seconds:.1f} s", flush=True)
-    if side.name == "alora":
-        _refuse(differences(reference, played), f"{script.id}: in two rounds of alora")
-    if side.name != "peft" and played.answers != reference.answers:
-        _refuse(["base answers differ"], f"{script.id}: on {side.name} and alora")
+    # A plain LoRA's labels are another computation's; what the base model says is not.
+    same_adapters = side.name in ("alora", "peft")
+    comparison.note(side.name, *(p if same_adapters else p.base() for p in (reference, played)))
     return played
-
-
-def _refuse(found: Sequence[str], where: str) -> None:
-    if found:
-        raise SystemExit(f"{where}: {'; '.join(found)}")
 
 
 # ---------------------------------------------------------------------- the report
@@ -165,7 +163,6 @@ def report(scripts: Sequence[Script], references: Sequence[Played], played: Roun
         "waits_s": _by_side(played, _waits),
         "computed_tokens": _by_side(played, lambda rows: sum(p.computed_tokens for p in rows[-1])),
         "kv": _by_side(played, _memory),
-        "equal": _equality(references, played),
         "per_conversation_s": _by_side(played, _per_conversation),
         "spread": {name: spread(values) for name, values in sums.items()},
         "raw_s": sums,
@@ -195,16 +192,6 @@ def _memory(rows: Sequence[Sequence[Played]]) -> dict[str, int]:
         "end_bytes": max(p.kv_bytes[-1] for row in rows for p in row),
         "peak_bytes": max(max(p.kv_bytes) for row in rows for p in row),
     }
-
-
-def _equality(references: Sequence[Played], played: Rounds) -> dict[str, Any]:
-    """How many answers were compared. PEFT computes in another order, so its near ties may fall otherwise."""
-    count = sum(len(reference.calls) for reference in references)
-    equal: dict[str, Any] = {"alora_as_from_nothing": count, "base_answers_of_all_engine_sides": True}
-    if played.get("peft"):
-        differing = [len(differences(*pair)) for pair in zip(references, played["peft"][0], strict=True)]
-        equal["peft_as_alora"] = f"{count - sum(differing)} of {count}"
-    return equal
 
 
 def _per_conversation(rows: Sequence[Sequence[Played]]) -> list[float]:

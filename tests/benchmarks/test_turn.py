@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from benchmarks.turn import engine_sides, measure
-from benchmarks.turn_play import Played, differences, play, recomputed
+from benchmarks.turn_play import Comparison, Played, differences, play, recomputed
 from benchmarks.turn_script import CHECKS, INTRINSICS, Lengths, Script, read_rows, write_script
 from benchmarks.turn_sides import EngineSide, PeftSide, parted
 
@@ -146,12 +146,20 @@ def test_recomputing_from_nothing_finds_an_answer_that_is_not_so(
     engine: Engine, sides: list[Any], played: dict[str, Played]
 ) -> None:
     alone = EngineSide("alone", engine, {name: name for name in INTRINSICS}, "nothing")
-    assert asyncio.run(recomputed(alone, played["alora"])) == []
+    again = asyncio.run(recomputed(alone, played["alora"]))
+    assert differences(played["alora"], again) == []
+    assert all(done.answer.computed == len(done.call.prompt) for done in again.calls)
     wrong = dataclasses.replace(played["alora"], calls=list(played["alora"].calls))
     call, answer, seconds = wrong.calls[3]
     wrong.calls[3] = type(wrong.calls[3])(call, answer._replace(tokens=(*answer.tokens[:-1], 1)), seconds)
     assert call.adapter is None
-    assert asyncio.run(recomputed(alone, wrong)) == [f"call 3 (base answer) differs from token {LENGTHS.answer - 1} on"]
+    last = LENGTHS.answer - 1
+    assert differences(wrong, again) == [f"call 3 (base answer) from token {last} on"]
+    with pytest.raises(SystemExit, match=f"answers of lora_warm differ .*base answer. from token {last} on"):
+        Comparison(strict=True).note("lora_warm", wrong.base(), again.base())
+    counting = Comparison(strict=False)
+    counting.note("lora_warm", wrong.base(), again.base())
+    assert counting.counts == {"lora_warm": {"compared": TURNS, "differing": 1}}
 
 
 def test_the_report_has_the_published_keys(engine: Engine, sides: list[Any], script: Script) -> None:
@@ -163,7 +171,15 @@ def test_the_report_has_the_published_keys(engine: Engine, sides: list[Any], scr
     assert report["peft_s"] > 0
     assert {name: len(values) for name, values in report["raw_s"].items()} == dict.fromkeys(names, 2) | {"peft": 1}
     assert report["phases_s"].keys() == report["kv"].keys() == report["waits_s"].keys() == names
-    assert report["equal"]["peft_as_alora"] == f"{TURNS * 7} of {TURNS * 7}"
+    compared = {name: counts["compared"] for name, counts in report["equal"].items()}
+    alone = {"alora, computed from nothing": TURNS * 7}
+    assert compared == alone | {
+        "alora": 2 * TURNS * 7,
+        "lora_cold": 2 * TURNS,
+        "lora_warm": 2 * TURNS,
+        "peft": TURNS * 7,
+    }
+    assert not any(counts["differing"] for counts in report["equal"].values())
 
 
 def test_labels_that_part_at_several_places_are_refused() -> None:

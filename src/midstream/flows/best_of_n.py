@@ -14,8 +14,9 @@ from typing import Any
 from pydantic import Field
 
 from midstream.backend import Backend
+from midstream.flows.chosen import Chosen
 from midstream.flows.draw import Candidate, Drawing, ScoredSettings, Stopped
-from midstream.flows.run import FlowResult, Run
+from midstream.flows.run import Run
 from midstream.flows.scorers import Scorer
 from midstream.transcript import Transcript
 from midstream.types import Chat
@@ -43,27 +44,14 @@ class Point:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BestOfN(FlowResult):
+class BestOfN(Chosen[Candidate]):
     """Every answer that was begun, and the best of those that were scored: on a tie the first.
 
-    `conversation` is what was answered. `stopped`: why no more were drawn; None where an error stopped the flow.
+    `stopped`: why no more were drawn; None where an error stopped the flow.
     """
 
-    conversation: Transcript
     candidates: tuple[Candidate, ...]
-    best: Candidate | None
     stopped: Stopped | None
-
-    @property
-    def text(self) -> str:
-        """The best answer's text; empty where there is none."""
-        return "" if self.best is None else self.best.text
-
-    @property
-    def transcript(self) -> Transcript:
-        """The conversation to go on with: with the best answer, or as it was where there is none."""
-        found = None if self.best is None else self.best.transcript
-        return self.conversation if found is None else found
 
     def curve(self) -> tuple[Point, ...]:
         """Quality against compute: a point for the first answer, the first two, and so on."""
@@ -79,8 +67,6 @@ class BestOfN(FlowResult):
 
     def as_dict(self) -> dict[str, Any]:
         return {
-            "text": self.text,
-            "best": None if self.best is None else self.best.index,
             "stopped": self.stopped,
             "candidates": [candidate.as_dict() for candidate in self.candidates],
             **super().as_dict(),

@@ -14,10 +14,11 @@ from pydantic import Field, field_validator
 
 from midstream.backend import Backend
 from midstream.errors import InputError, OutputError
+from midstream.flows.chosen import Chosen
 from midstream.flows.draft import Draft
 from midstream.flows.draw import Candidate, Drawing, DrawSettings, ScoredSettings, Stopped
 from midstream.flows.keys import Key, extracting, key_of, normalised
-from midstream.flows.run import FlowResult, Run
+from midstream.flows.run import Run
 from midstream.flows.scorers import Scorer
 from midstream.transcript import Transcript
 from midstream.types import Chat
@@ -61,14 +62,13 @@ class Group:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Majority(FlowResult):
+class Majority(Chosen[Candidate]):
     """Every answer that was begun, and the groups, heaviest first; on a tie, the one with the earliest answer.
 
     `best` is the best-scored answer of the winning group, without scores its first. `keyless` answers have no vote.
     `stopped`: why no more were drawn; None where an error stopped the flow.
     """
 
-    conversation: Transcript
     candidates: tuple[Candidate, ...]
     groups: tuple[Group, ...]
     keyless: tuple[int, ...]
@@ -78,27 +78,8 @@ class Majority(FlowResult):
     def winner(self) -> Group | None:
         return self.groups[0] if self.groups else None
 
-    @property
-    def best(self) -> Candidate | None:
-        if self.winner is None:
-            return None
-        return max((self.candidates[i] for i in self.winner.candidates), key=lambda candidate: candidate.score or 0.0)
-
-    @property
-    def text(self) -> str:
-        """The best answer's text; empty where there is none."""
-        return "" if self.best is None else self.best.text
-
-    @property
-    def transcript(self) -> Transcript:
-        """The conversation to go on with: with the best answer, or as it was where there is none."""
-        found = None if self.best is None else self.best.transcript
-        return self.conversation if found is None else found
-
     def as_dict(self) -> dict[str, Any]:
         return {
-            "text": self.text,
-            "best": None if self.best is None else self.best.index,
             "groups": [group.as_dict() for group in self.groups],
             "keyless": list(self.keyless),
             "stopped": self.stopped,
@@ -173,10 +154,14 @@ class _Vote:
 
     def result(self) -> Majority:
         usable = self.drawing.usable
+        groups = self._groups(usable)
+        winners = [candidate for candidate in usable if groups and candidate.index in groups[0].candidates]
         return Majority(
             conversation=self.drawing.conversation,
             candidates=self.drawing.candidates,
-            groups=self._groups(usable),
+            # max takes the first of several that are alike.
+            best=max(winners, key=lambda candidate: candidate.score or 0.0, default=None),
+            groups=groups,
             keyless=tuple(c.index for c in usable if self.keys.get(c.index) is None),
             stopped=self.drawing.stopped,
             **self.run.finish(),

@@ -11,9 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from midstream.backend import Backend
 from midstream.errors import InputError, MidstreamError
 from midstream.flows.answer import transcript_of
+from midstream.flows.chosen import Chosen
 from midstream.flows.draft import Draft, Drawn, DrawnParams
 from midstream.flows.requirements import Requirement, Verdict, judgeable, verdict
-from midstream.flows.run import FlowResult, Run
+from midstream.flows.run import Run
 from midstream.together import together
 from midstream.transcript import Transcript
 from midstream.types import Chat, Message, SamplingParams
@@ -70,34 +71,19 @@ class Attempt(Drawn):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Repair(FlowResult):
+class Repair(Chosen[Attempt]):
     """Every attempt, and the best of those that were judged: most requirements met, then the highest mean probability,
-    then the first. `met`: it meets them all. `conversation` is what was answered.
+    then the first. `met`: it meets them all. Where repairs are appended, its transcript has the attempts before it.
     """
 
-    conversation: Transcript
     attempts: tuple[Attempt, ...]
-    best: Attempt | None
 
     @property
     def met(self) -> bool:
         return self.best is not None and self.best.met
 
-    @property
-    def text(self) -> str:
-        """The best attempt's text; empty where there is none."""
-        return "" if self.best is None else self.best.text
-
-    @property
-    def transcript(self) -> Transcript:
-        """The conversation as it was computed: with the best attempt and, where repairs are appended, those before."""
-        found = None if self.best is None else self.best.transcript
-        return self.conversation if found is None else found
-
     def as_dict(self) -> dict[str, Any]:
         return {
-            "text": self.text,
-            "best": None if self.best is None else self.best.index,
             "met": self.met,
             "attempts": [attempt.as_dict() for attempt in self.attempts],
             **super().as_dict(),

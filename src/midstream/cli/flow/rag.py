@@ -7,16 +7,18 @@ from typing import Annotated
 
 import typer
 
-from midstream.cli.common import Adapters, Dtype, Json, Model, read_chat, show_progress
+from midstream.cli.common import Adapters, Dtype, Json, Model, read_chat
 from midstream.cli.flow.common import (
+    Asked,
     Budget,
     ChatFile,
     Deadline,
+    MaxTokens,
     Seed,
+    Temperature,
     Url,
-    Watcher,
     close,
-    place,
+    perform,
     settings_of,
 )
 from midstream.models.source import DEFAULT_MODEL
@@ -30,8 +32,8 @@ def rag(
     passages: Annotated[int, typer.Option(help="How many passages go into the turn.", min=0)] = 3,
     requirement: Annotated[str | None, typer.Option(help="What the answer must meet; checked after it.")] = None,
     clarify: Annotated[bool, typer.Option(help="Ask back where the passages do not answer the question.")] = False,
-    max_tokens: int = 256,
-    temperature: float = 0.0,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
     url: Url = None,
     model: Model = DEFAULT_MODEL,
     adapters: Adapters = None,
@@ -43,7 +45,6 @@ def rag(
 ) -> None:
     """Answer a question from documents: guarded, rewritten, retrieved for, answered if it can be, and checked."""
     from midstream.flows.rag import RagSettings, rag_turn
-    from midstream.flows.run import Run
     from midstream.retrieval import Bm25Retriever, read_documents
     from midstream.transcript import Transcript
 
@@ -56,11 +57,10 @@ def rag(
     )
     retriever = Bm25Retriever(read_documents(docs))
     conversation = Transcript() if chat is None else read_chat(chat)
-    watcher = Watcher(quiet=as_json)
-    run = Run(deadline_s=deadline, max_tokens=budget, seed=seed, on_event=watcher)
-    with place(url, model, adapters, dtype, progress=show_progress(as_json)) as where:
-        result = where.finish(rag_turn(where.backend, conversation, question, retriever, settings, run=run), run)
-    watcher.end_line()
+    result = perform(
+        lambda backend, run: rag_turn(backend, conversation, question, retriever, settings, run=run),
+        Asked(url, model, adapters, dtype, seed, deadline, budget, as_json),
+    )
     if not as_json:
         for passage in result.passages:
             typer.echo(f"  {passage.score:6.2f}  {passage.document.doc_id} {passage.document.title}", err=True)

@@ -132,11 +132,11 @@ class Run:
         except MidstreamError as error:
             self.error = error
         except asyncio.CancelledError:
-            if _cancellations() > cancelled_before:
-                raise  # the caller's own task was cancelled
             self.error = Cancelled("the flow was cancelled")
         finally:
             self.seconds = time.monotonic() - self._started
+        if _cancellations() > cancelled_before:
+            raise asyncio.CancelledError  # the caller's own task was cancelled, whatever the body made of it
 
     def backend(self, backend: Backend, step: str, *, quiet: bool = False) -> Backend:
         """The backend as one step of this run sees it: counted, and held to the run's limits.

@@ -212,6 +212,21 @@ def test_sample_asks_the_base_model_and_goes_on_where_it_stopped(cli: Cli, tmp_p
     assert sorted(json.loads(line)["id"] for line in whole.splitlines()) == [f"q{i}" for i in range(5)]
 
 
+def test_sample_draws_a_row_an_answer_and_redraws_a_question_that_was_torn(cli: Cli, tmp_path: Path) -> None:
+    rows = [{"id": f"q#{i}", "source": "s", "question": f"who {i}?", "answers": ["A"]} for i in range(3)]
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    out = tmp_path / "rows.jsonl"
+    command = ("sample", "--data", str(tmp_path / "questions.jsonl"), "--out", str(out), "--answers", "3", "--each", "2")
+    cli(*command, "--model", str(cli.home / "tiny"))
+    whole = out.read_text()
+    assert len({json.loads(line)["id"] for line in whole.splitlines()}) == 6
+    out.write_text("".join(whole.splitlines(keepends=True)[:3]))
+    cli(*command, "--model", str(cli.home / "tiny"))
+    assert sorted(out.read_text().splitlines()) == sorted(whole.splitlines())
+    assert "--each 4" in cli(*command[:-1], "4", status=2)[1]
+
+
+
 def test_the_installed_command_has_help_and_status_2_for_unknown_words() -> None:
     command = [sys.executable, "-m", "midstream.cli.main"]
     shown = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True)

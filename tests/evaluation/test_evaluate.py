@@ -13,7 +13,7 @@ import pytest
 
 from midstream.cli.eval import _arms
 from midstream.errors import DataError, InputError
-from midstream.evaluation.answers import certainty_row, certainty_rows, is_right, read_question
+from midstream.evaluation.answers import answer_rows, certainty_row, certainty_rows, is_right, read_question
 from midstream.evaluation.baselines import shortcuts, word_overlap
 from midstream.evaluation.catalogue import headline, read_entry
 from midstream.evaluation.catalogue import markdown as catalogue
@@ -162,6 +162,11 @@ def test_questions_become_rows_with_the_base_models_own_answers(engine: Engine, 
     # Options are compared as they are: a sign or a capital may be all that tells them apart.
     signs = read_question({"id": "x", "question": "q", "choices": ["+1", "-1", "A"], "gold": 0})
     assert certainty_row(signs, ["-1", "+1", "A", "+1"])["share"] == 0.5
+    each = answer_rows(signs, ["-1", "+1", "A", "+1"], 3)
+    assert [(row["id"], row["share"], row["correct"]) for row in each] == [
+        (f"{signs.id}#{n}", float(right), right) for n, right in enumerate((False, True, False))
+    ]
+    assert [row["messages"][-1]["content"] for row in each] == ["-1", "+1", "A"]
     for wrong in ({**choice, "gold": 2}, {**choice, "gold": -1}, {**free, "answers": "Queen"}, {**free, "answers": []}):
         with pytest.raises(ValueError, match=r"gold|answers"):
             read_question(wrong)

@@ -85,28 +85,52 @@ def certainty_row(question: Question, answers: Sequence[str]) -> dict[str, Any]:
 
     The answers are drawn alike, so that share is the chance that the one shown is right.
     """
-    correct = [answer in question.right if question.options else is_right(answer, question.right) for answer in answers]
-    shown = Message(role="assistant", content=answers[0] or "I do not know.")
+    correct = _correct(question, answers)
     return {
-        "id": question.id,
-        "source": question.source,
-        "messages": [message.model_dump() for message in (*question.chat.messages, shown)],
+        **_shown(question, answers[0]),
         "share": sum(correct) / len(correct),
         "correct": correct[0],
         "answers": list(answers),
     }
 
 
+def answer_rows(question: Question, answers: Sequence[str], each: int) -> list[dict[str, Any]]:
+    """A row for each of the first `each` answers, whose share says whether that very answer is right: 1 or 0.
+
+    What is learned from these tells answers to one question apart; the one share of `certainty_row` cannot.
+    """
+    correct = _correct(question, answers[:each])
+    return [
+        {**_shown(question, answer), "id": f"{question.id}#{number}", "share": float(right), "correct": right}
+        for number, (answer, right) in enumerate(zip(answers, correct, strict=False))
+    ]
+
+
+def _correct(question: Question, answers: Sequence[str]) -> list[bool]:
+    return [answer in question.right if question.options else is_right(answer, question.right) for answer in answers]
+
+
+def _shown(question: Question, answer: str) -> dict[str, Any]:
+    shown = Message(role="assistant", content=answer or "I do not know.")
+    return {
+        "id": question.id,
+        "source": question.source,
+        "messages": [message.model_dump() for message in (*question.chat.messages, shown)],
+    }
+
+
 async def certainty_rows(
-    backend: Backend, questions: Sequence[Question], *, count: int, seed: int, at_once: int = 8
+    backend: Backend, questions: Sequence[Question], *, count: int, seed: int, each: int = 0, at_once: int = 8
 ) -> list[dict[str, Any]]:
-    """Ask the base model each question `count` times; rows in the order of the questions."""
+    """Ask the base model each question `count` times; rows in the order of the questions, one for each question or,
+    with `each`, one for each of so many of its answers."""
     room = asyncio.Semaphore(at_once)
 
-    async def one(question: Question) -> dict[str, Any]:
+    async def one(question: Question) -> list[dict[str, Any]]:
         async with room:
             # The seed is the question's own, so that the rest of the file does not change its answers.
             own = random.Random(f"{seed}:{question.id}").getrandbits(62)
-            return certainty_row(question, await sample_answers(backend, question, count, own))
+            answers = await sample_answers(backend, question, count, own)
+            return answer_rows(question, answers, each) if each else [certainty_row(question, answers)]
 
-    return await asyncio.gather(*(one(question) for question in questions))
+    return [row for rows in await asyncio.gather(*(one(question) for question in questions)) for row in rows]

@@ -247,10 +247,17 @@ async def test_branches_call_on_their_own_and_seeds_repeat(calling: AsyncEngine,
 
 
 async def test_the_calls_of_one_branch_draw_differently(calling: AsyncEngine) -> None:
-    """With one seed for all of them, equal distributions would give equal answers."""
-    callee = invocable("check", constraint=Regex(pattern="[a-z]{8}"), max_tokens=9, temperature=10.0)
-    done = await calling.complete(writing("(@c:){4}", *callee, seed=1, temperature=1.0))
-    assert len({call.text for call in done.choices[0].calls}) == 4
+    """Each has a seed of its own, so that equal distributions need not give equal answers."""
+    seeds: dict[Job, int] = {}
+
+    def note(step: int) -> None:
+        for job in calling._core._jobs.values():
+            seeds.update({call: call.branches[0].generator.initial_seed() for call in job.running_calls})
+
+    Watch(calling, note)
+    callee = invocable("check", temperature=1.0)
+    await calling.complete(writing("[a-e](@c:[a-e]){4}", *callee, n=2, seed=1, temperature=1.0))
+    assert len(seeds) == len(set(seeds.values())) == 8
 
 
 async def test_a_stream_is_the_completion_in_pieces_and_in_order(calling: AsyncEngine) -> None:
@@ -348,6 +355,10 @@ async def test_no_room_for_a_call_ends_with_length(calling: AsyncEngine) -> None
     callee = invocable("check", constraint=Choice(options=("ok", "no")))
     fits = await calling.complete(writing("[a-e]{5}@c:", *callee, max_tokens=10))
     assert (fits.choices[0].finish_reason, len(fits.choices[0].calls)) == ("stop", 1)
+    for max_tokens, reason in ((2, "stop"), (3, "length")):
+        callee = invocable("check", max_tokens=max_tokens)
+        done = await calling.complete(writing("[a-e]{5}@c:", *callee, max_tokens=10))
+        assert (done.choices[0].finish_reason, len(done.choices[0].calls[0].token_ids)) == (reason, 2)
 
 
 async def test_stop_strings_look_at_each_piece_of_the_base_models_own_text(calling: AsyncEngine) -> None:
@@ -366,6 +377,15 @@ async def test_a_stop_string_within_an_invocation_ends_the_text_before_the_call(
         done = await calling.complete(writing("[a-e]{2}@c:[a-e]{2}", stop=(stop,)))
         assert not done.choices[0].calls
         assert (done.text[2:], done.choices[0].finish_reason) == (kept, "stop")
+
+
+async def test_nothing_that_is_inserted_is_held_back_for_a_stop_string(calling: AsyncEngine) -> None:
+    callee = invocable("check", constraint=Choice(options=("ok", "no")), closing=tokens("ST"))
+    told, shown = "", []
+    async for delta in calling.stream(writing("[a-e]{2}@c:[a-e]{4}", *callee, stop=("STOP",))):
+        told += delta.text
+        shown.append(told)
+    assert any(text.endswith("ST") for text in shown)
 
 
 async def test_an_unfinished_stop_string_before_a_call_is_told(calling: AsyncEngine) -> None:

@@ -66,10 +66,12 @@ class Calls:
                 seconds=time.perf_counter() - call.started,
             )
         )
-        self._insert(branch, answer + callee.closing, whole=told.finish_reason == "stop")
+        whole = told.finish_reason == "stop" or call.params.max_tokens == callee.params.max_tokens
+        self._insert(branch, answer + callee.closing, whole=whole)
         return branch
 
     def _insert(self, branch: Branch, tokens: tuple[int, ...], *, whole: bool) -> None:
+        """`whole`: the answer was not cut for want of room, so that the output may end with it where a constraint is met."""
         room = branch.job.params.max_tokens - len(branch.output)
         self._writer.insert(branch, tokens[:room])
         if len(tokens) > room or (len(tokens) == room and not (whole and branch.constraint_met)):

@@ -43,6 +43,9 @@ class ServerConfig(BaseModel):
         default=(), description="Adapter folder, or NAME=FOLDER, to load at the start; repeatable."
     )
     library: bool = Field(default=True, description="Load the trained adapters that the library has for the model.")
+    docs: Path | None = Field(
+        default=None, description="Documents that flows search: a folder, or a .jsonl, .md or .txt file."
+    )
     dtype: str | None = Field(
         default=None, description="float32, bfloat16 or float16; default: what the processor does natively."
     )
@@ -103,6 +106,8 @@ class ServerConfig(BaseModel):
             path = getattr(self, name)
             if path is not None and not path.is_file():
                 raise ValueError(f"{name}: there is no file {path}")
+        if self.docs is not None and not self.docs.exists():
+            raise ValueError(f"docs: there is no file or folder {self.docs}")
         if self.adapter_dir is not None and not self.adapter_dir.is_dir():
             raise ValueError(f"adapter_dir: there is no folder {self.adapter_dir}")
         if self.log_file is not None and not self.log_file.parent.is_dir():

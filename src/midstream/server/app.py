@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 from midstream.config import ServerConfig
 from midstream.engine.engine import AsyncEngine
 from midstream.errors import InputError, MidstreamError
-from midstream.server import completions, intrinsics, models, operations
+from midstream.server import completions, flows, intrinsics, models, operations
 from midstream.server.middleware import Front, error_response
 from midstream.server.service import Exchange, Service
 
@@ -39,7 +39,7 @@ def create_app(engine: AsyncEngine, config: ServerConfig | None = None) -> FastA
         redoc_url=None,
     )
     app.state.service = service
-    for each in (completions, intrinsics, models, operations):
+    for each in (completions, intrinsics, flows, models, operations):
         app.include_router(each.routes(service))
     app.add_exception_handler(MidstreamError, _midstream_error)
     app.add_exception_handler(RequestValidationError, _validation_error)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import APIRouter
 from pydantic import ValidationError
@@ -21,9 +21,8 @@ from midstream.server.replies import Head, Shown
 from midstream.server.schemas import ChatBody, Sampling, ScoreBody, TextBody
 from midstream.server.service import Exchange, Service
 from midstream.server.stream import DONE, EventStream, event, unless_gone
+from midstream.together import together
 from midstream.types import AdapterInfo, Completion, CompletionChoice, Delta, Invocable, Request, SamplingParams
-
-T = TypeVar("T")
 
 Chunk = Callable[[Delta, bool], dict[str, Any]]
 End = Callable[[CompletionChoice, Completion], dict[str, Any]]
@@ -77,7 +76,7 @@ def routes(service: Service) -> APIRouter:
         head, shown = Head.text(adapter.name if adapter else service.model_name), _shown(body, logprobs)
         backend = service.backend(http)
         if not body.stream:
-            completions = await unless_gone(http, _together([backend.complete(request) for request in requests]))
+            completions = await unless_gone(http, together([backend.complete(request) for request in requests]))
             return JSONResponse(replies.text_completion(head, completions, shown))
         if len(requests) > 1:
             raise InputError("stream takes one prompt: send several requests, or do not stream")
@@ -200,14 +199,3 @@ def _request(
 
 def _shown(body: Sampling, logprobs: bool) -> Shown:
     return Shown(logprobs, bool(body.return_token_ids), bool(body.return_tokens_as_token_ids))
-
-
-async def _together(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """All results; the first failure ends the others."""
-    tasks = [asyncio.create_task(work) for work in works]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

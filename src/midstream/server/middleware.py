@@ -9,6 +9,7 @@ import logging
 import time
 import uuid
 from collections.abc import Iterable
+from typing import Any
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -42,8 +43,8 @@ _SAFE_HEADERS = {
 }
 
 
-def error_response(error: MidstreamError, param: str | None = None) -> JSONResponse:
-    """An error as an HTTP response. Whoever has to wait is told how long."""
+def error_response(error: MidstreamError, param: str | None = None, **more: Any) -> JSONResponse:
+    """An error as an HTTP response, with what stands beside it. Whoever has to wait is told how long."""
     headers = {}
     if isinstance(error, OverloadedError | TooManyStreams):
         headers["Retry-After"] = "1"
@@ -51,7 +52,7 @@ def error_response(error: MidstreamError, param: str | None = None) -> JSONRespo
         headers["Retry-After"] = "5"
     elif error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse({"error": error_object(error, param)}, status_code=error.status, headers=headers)
+    return JSONResponse({"error": error_object(error, param), **more}, status_code=error.status, headers=headers)
 
 
 class Front:

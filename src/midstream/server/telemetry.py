@@ -43,6 +43,9 @@ class Telemetry:
         self._reused = counter("midstream:reused_tokens", "Prompt tokens whose KV was reused, by who calls.", "owner")
         self._computed = counter("midstream:computed_tokens", "Prompt tokens computed, by who calls.", "owner")
         self._refused = counter("midstream:refused_requests", "Requests that ended with an error.", "code")
+        self._flows = counter(
+            "midstream:flows", "Flows by how they ended: ended, left, or an error's code.", "flow", "outcome"
+        )
         self.queried_tokens = 0
         self.hit_tokens = 0
 
@@ -69,6 +72,10 @@ class Telemetry:
             if longest > 1:
                 rest = completion.seconds - completion.time_to_first_token_s
                 self._per_token.labels(name).observe(rest / (longest - 1))
+
+    def flow_ended(self, flow: str, outcome: str) -> None:
+        """Count a flow."""
+        self._flows.labels(self._model, flow, outcome).inc()
 
     def refused(self, code: str) -> None:
         """Count a request that ended with an error."""

@@ -8,10 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from midstream.engine.engine import AsyncEngine
 from tests.flows.backends import LIBRARY, READS
 from tests.helpers import SEVEN, make_adapter_folder, tiny_llama
 from tests.tiny import tiny_chat, tiny_engine
+
+REWRITTEN_CHARACTERS = 12
 
 
 def make_intrinsics(folder: Path, names: Sequence[str] = tuple(READS)) -> list[Path]:
@@ -27,6 +31,23 @@ def make_intrinsics(folder: Path, names: Sequence[str] = tuple(READS)) -> list[P
         (at / "midstream.json").write_text(json.dumps(ours))
         made.append(at)
     return made
+
+
+def make_short_intrinsics(folder: Path) -> list[Path]:
+    """All six, with contracts that are the library's but for lengths.
+
+    A token of the tiny tokenizer is a byte, and a random model does not end a string that it may go on with.
+    """
+    folders = make_intrinsics(folder)
+    for each in folders:
+        contract = yaml.safe_load((each / "io.yaml").read_text())
+        contract["parameters"] = {"max_tokens": 98}
+        if each.name == "query_rewrite":
+            schema = json.loads(contract["response_format"])
+            schema["properties"]["rewritten_question"]["maxLength"] = REWRITTEN_CHARACTERS
+            contract["response_format"] = json.dumps(schema)
+        (each / "io.yaml").write_text(yaml.safe_dump(contract))
+    return folders
 
 
 async def intrinsics_engine(folders: Sequence[Path], **config: Any) -> AsyncEngine:

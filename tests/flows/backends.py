@@ -8,6 +8,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
 from pathlib import Path
 
 from midstream.backend import Backend
@@ -67,9 +68,10 @@ class Scripted:
         self._read: list[tuple[int, ...]] = []
 
     async def complete(self, request: Request) -> Completion:
-        async for delta in self.stream(request):
-            if delta.completion is not None:
-                return delta.completion
+        async with aclosing(self.stream(request)) as deltas:  # type: ignore[type-var]
+            async for delta in deltas:
+                if delta.completion is not None:
+                    return delta.completion
         raise AssertionError("a stream ends with its completion")
 
     async def stream(self, request: Request) -> AsyncIterator[Delta]:
@@ -229,8 +231,10 @@ def _choice(index: int, answer: Answer, request: Request) -> CompletionChoice:
         shares = _shares(constraint.options, labels)
         answer = max(shares, key=lambda option: shares[option])
     assert isinstance(answer, str), "shares are of a choice's labels"
-    tokens = _ids(answer if isinstance(constraint, Choice) else answer + END)[: request.params.max_tokens]
-    whole = len(tokens) > len(answer) or isinstance(constraint, Choice)
+    # A label is never cut: the limits of the contracts are for a tokenizer whose tokens are longer than a character.
+    chosen = isinstance(constraint, Choice)
+    tokens = _ids(answer) if chosen else _ids(answer + END)[: request.params.max_tokens]
+    whole = len(tokens) > len(answer) or chosen
     text = answer[: len(tokens)]
     return CompletionChoice(index, text, tokens, "stop" if whole else "length", None, shares)
 

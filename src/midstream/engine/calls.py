@@ -71,7 +71,7 @@ class Calls:
         return branch
 
     def _insert(self, branch: Branch, tokens: tuple[int, ...], *, whole: bool) -> None:
-        """`whole`: the answer was not cut for want of room, so that the output may end with it where a constraint is met."""
+        """`whole`: room did not cut the answer short, so that the output may end with it where a constraint is met."""
         room = branch.job.params.max_tokens - len(branch.output)
         self._writer.insert(branch, tokens[:room])
         if len(tokens) > room or (len(tokens) == room and not (whole and branch.constraint_met)):

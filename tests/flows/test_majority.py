@@ -70,6 +70,14 @@ def test_the_last_match_is_extracted() -> None:
     assert extracting(r"(x)?y")("y") is None, "the group has no part in the match"
 
 
+def test_an_expression_that_backtracks_without_end_is_given_up_once_for_all() -> None:
+    key = extracting("(" + "|".join("a" * i for i in range(1, 300)) + ")*$")
+    with pytest.raises(TimeoutError, match="took longer than"):
+        key("a" * 300 + "b")
+    with pytest.raises(TimeoutError, match="an earlier search"):
+        key("aaa")
+
+
 async def test_most_votes_win_and_the_groups_are_told() -> None:
     result = await majority(scripted("blue", "The red.", "Red", "blue?", "red", "green"), CHAT, MajoritySettings(n=6))
     assert [(g.key, g.candidates, g.votes, g.weight) for g in result.groups] == [
@@ -124,7 +132,7 @@ async def test_a_callers_own_key_decides() -> None:
 
 
 async def test_misuse_is_named() -> None:
-    for pattern in ("(", "no group"):
+    for pattern in ("(", "no group", "(a{1,99999999999999999999})", "(" * 900):
         with pytest.raises(ValidationError):
             MajoritySettings(extract=pattern)
     both = await majority(scripted("a"), CHAT, MajoritySettings(extract="(a)"), key=str)

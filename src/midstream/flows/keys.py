@@ -6,11 +6,14 @@ import re
 import unicodedata
 from collections.abc import Callable
 
+import regex
+
 from midstream.errors import InputError
 
 Key = Callable[[str], str | None]
 """The key of an answer's text; None where it has none, and so no vote."""
 
+_PATIENCE_S = 0.25  # an expression that backtracks without end keeps everybody else's requests waiting
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
@@ -27,14 +30,36 @@ def normalised(text: str) -> str:
     return _squeezed(_ARTICLES.sub(" ", words)) or _squeezed(words) or folded
 
 
+def compiled(pattern: str) -> regex.Pattern[str]:
+    """A regular expression with a group. Raises ValueError where it is none."""
+    try:
+        found = regex.compile(pattern)
+    except (regex.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"it is no regular expression: {error}") from error
+    if not found.groups:
+        raise ValueError("it needs a group: put what is to be compared into parentheses")
+    return found
+
+
 def extracting(pattern: str) -> Key:
-    """The key that is the normalised first group of a pattern's last match."""
-    compiled = re.compile(pattern)
+    """The key that is the normalised first group of a pattern's last match.
+
+    A search that takes too long is a TimeoutError, and so are all later ones at once.
+    """
+    expression = compiled(pattern)
+    late = False
 
     def key(text: str) -> str | None:
+        nonlocal late
+        if late:
+            raise TimeoutError("an earlier search took too long")
         found = None
-        for match in compiled.finditer(text):
-            found = match.group(1)
+        try:
+            for match in expression.finditer(text, timeout=_PATIENCE_S):
+                found = match.group(1)
+        except TimeoutError:
+            late = True
+            raise TimeoutError(f"the search for {pattern!r} took longer than {_PATIENCE_S} s") from None
         return None if found is None else normalised(found)
 
     return key

@@ -5,7 +5,6 @@ Self-consistency, as in Wang et al., "Self-Consistency Improves Chain of Thought
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ from midstream.errors import InputError, OutputError
 from midstream.flows.chosen import Chosen
 from midstream.flows.draft import Draft
 from midstream.flows.draw import Candidate, Drawing, DrawSettings, ScoredSettings, Stopped
-from midstream.flows.keys import Key, extracting, key_of, normalised
+from midstream.flows.keys import Key, compiled, extracting, key_of, normalised
 from midstream.flows.run import Run
 from midstream.flows.scorers import Scorer
 from midstream.transcript import Transcript
@@ -27,17 +26,13 @@ from midstream.types import Chat
 class MajoritySettings(DrawSettings):
     """`extract`: a regular expression; answers are compared by the first group of its last match, else as a whole."""
 
-    extract: str | None = Field(default=None, min_length=1)
+    extract: str | None = Field(default=None, min_length=1, max_length=1000)
 
     @field_validator("extract")
     @classmethod
     def _check_extract(cls, pattern: str | None) -> str | None:
-        try:
-            groups = 1 if pattern is None else re.compile(pattern).groups
-        except re.error as error:
-            raise ValueError(f"extract is no regular expression: {error}") from error
-        if not groups:
-            raise ValueError("extract needs a group: put what is to be compared into parentheses")
+        if pattern is not None:
+            compiled(pattern)
         return pattern
 
 
@@ -138,6 +133,7 @@ class _Vote:
         self.run = run
         self.settings = settings
         self.key = key
+        self.key_of_text = key or (normalised if settings.extract is None else extracting(settings.extract))
         self.keys: dict[int, str | None] = {}
         self.drawing = Drawing(backend, run, settings, scorers, self._finished)
 
@@ -168,8 +164,7 @@ class _Vote:
         )
 
     def _finished(self, draft: Draft) -> None:
-        key = self.key or (normalised if self.settings.extract is None else extracting(self.settings.extract))
-        self.keys[draft.index] = key_of(key, draft.text)
+        self.keys[draft.index] = key_of(self.key_of_text, draft.text)
 
     def _groups(self, usable: tuple[Candidate, ...]) -> tuple[Group, ...]:
         agreeing: dict[str, list[Candidate]] = {}

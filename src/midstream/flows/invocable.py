@@ -23,8 +23,7 @@ async def invocables(backend: Backend, names: Sequence[str]) -> tuple[Invocable,
     An invocation that is a plain text (`<certainty>`) is answered where it stands, and the model goes on behind the
     answer. One that is a turn's header (`<|im_start|>certainty`) opens a turn of the adapter's own: behind its answer
     come the end of that turn and the header of a new assistant turn, as the chat template has them. Such a one is
-    only reached where the model writes it inside its turn, for its end-of-turn token ends its output, and without a
-    constraint, which allows for no special tokens.
+    only reached where the model writes it inside its turn: an end-of-turn token before it ends the output.
 
     Raises AdapterNotFound, and ContractError for a contract that needs more than the output up to the invocation.
     """

@@ -27,7 +27,8 @@ class ReplayBackend:
     Equal requests are answered in the order in which the recorded ones ended. Calls of the model end when the
     recorded ones had: all that began or ended before them has done so. So a replayed run decides as the recorded one
     did; a call that would have to wait longer than `patience_s` is a ReplayError, and so is all that the trace does
-    not have. Tools are not called: their recorded observations are given. A replay serves one run.
+    not have. Tools are not called: their recorded observations are given. A replay serves one run, which needs the
+    trace's seed and the token budget that the recorded one had.
     """
 
     def __init__(self, trace: Trace, *, patience_s: float = 10.0) -> None:

@@ -43,7 +43,13 @@ class Call:
 
     @property
     def usage(self) -> Usage:
-        return NO_USAGE if isinstance(self.outcome, MidstreamError) else self.outcome.usage
+        """With the adapters that the answer's own text invoked."""
+        if isinstance(self.outcome, MidstreamError):
+            return NO_USAGE
+        if isinstance(self.outcome, Score):
+            return self.outcome.usage
+        invoked = (call.usage for choice in self.outcome.choices for call in choice.calls)
+        return total([self.outcome.usage, *invoked])
 
     def as_dict(self) -> dict[str, Any]:
         """Without its prompt's tokens; a trace has those."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 
 import pytest
@@ -115,6 +116,28 @@ async def test_what_one_does_to_end_well_is_not_cancelled_again() -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert cancellations == 0
+
+
+async def test_a_cancellation_is_not_lost_though_one_fails_in_that_moment() -> None:
+    """gather would raise the failure, and whoever handles that would go on as if nobody had cancelled."""
+    went_on = False
+
+    async def fails(caller: asyncio.Task[None]) -> None:
+        await asyncio.sleep(0)
+        caller.cancel()
+        raise KeyError
+
+    async def caller() -> None:
+        nonlocal went_on
+        task = asyncio.current_task()
+        assert task is not None
+        with contextlib.suppress(KeyError):
+            await together([fails(task)])
+        went_on = True
+
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.create_task(caller())
+    assert not went_on
 
 
 async def test_they_nest() -> None:

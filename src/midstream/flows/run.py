@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from midstream.backend import Backend
 from midstream.errors import BudgetExceeded, Cancelled, DeadlineExceeded, MidstreamError
 from midstream.flows.events import Call, Decision, Event, EventKind, Listener, error_dict, total
+from midstream.together import cancellations
 from midstream.types import AdapterInfo, Chat, Completion, Delta, Request, Score, Usage
 
 R = TypeVar("R", bound="FlowResult")
@@ -117,7 +118,7 @@ class Run:
         if self._started is not None:
             raise RuntimeError("a Run serves one flow: make another")
         self._started = time.monotonic()
-        cancelled_before = _cancellations()
+        cancelled_before = cancellations()
         self._task = asyncio.create_task(body())
         if self._cancelled:
             self._task.cancel()
@@ -135,7 +136,7 @@ class Run:
             self.error = Cancelled("the flow was cancelled")
         finally:
             self.seconds = time.monotonic() - self._started
-        if _cancellations() > cancelled_before:
+        if cancellations() > cancelled_before:
             raise asyncio.CancelledError  # the caller's own task was cancelled, whatever the body made of it
 
     def backend(self, backend: Backend, step: str, *, quiet: bool = False) -> Backend:
@@ -280,12 +281,6 @@ async def opened(backend: Backend, request: Request) -> AsyncGenerator[Delta, No
         close = getattr(stream, "aclose", None)
         if close is not None:
             await close()
-
-
-def _cancellations() -> int:
-    """How often the current task was asked to end."""
-    task = asyncio.current_task()
-    return 0 if task is None else task.cancelling()
 
 
 def spent(usage: Usage) -> int:

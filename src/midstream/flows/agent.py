@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from midstream.backend import Backend
 from midstream.errors import InputError, OutputError
@@ -59,13 +59,20 @@ class AgentSettings(BaseModel):
     max_depth: int = Field(default=2, ge=1, le=16)
     think_tokens: int = Field(default=48, ge=0)
     act_tokens: int = Field(default=256, ge=1)
-    string_chars: int = Field(default=400, ge=1)
+    string_chars: int = Field(default=400, ge=1, le=65536)
     observation_chars: int = Field(default=1000, ge=1)
     tool_timeout_s: float = Field(default=30.0, gt=0)
     temperature: float = Field(default=0.0, ge=0, le=10, allow_inf_nan=False)
     top_p: float = Field(default=1.0, gt=0, le=1)
-    invoke: tuple[str, ...] = ()
+    invoke: tuple[str, ...] = Field(default=(), max_length=64)
     max_invocations: int = Field(default=8, ge=1)
+
+    @field_validator("invoke")
+    @classmethod
+    def _check_invoke(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(names)) < len(names):
+            raise ValueError("invoke names an adapter more than once")
+        return names
 
 
 @dataclass(frozen=True, kw_only=True)

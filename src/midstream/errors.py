@@ -195,6 +195,7 @@ class Cancelled(MidstreamError):
 class OutputError(MidstreamError):
     """A generated output does not fit its contract."""
 
+    status = 422
     code = "invalid_output"
 
 

@@ -140,10 +140,11 @@ async def _counted(
 
 
 def _response(result: FlowResult) -> Response:
-    """A result; of a flow that was stopped, its error with what there is. Raises an InputError that came of nothing."""
+    """A result; of a flow that was stopped, its error with what there is. Raises an InputError beside which there is
+    nothing."""
     error = result.error
     if error is None:
         return JSONResponse(result.as_dict())
-    if isinstance(error, InputError) and not result.calls:
+    if isinstance(error, InputError) and all(isinstance(call.outcome, MidstreamError) for call in result.calls):
         raise error
     return error_response(error, result=result.as_dict())

@@ -15,7 +15,13 @@ from midstream.types import Completion, CompletionChoice, Delta, InvokedCall, Sc
 # JSON has no minus infinity; clients know this value from vLLM.
 _LEAST_LOGPROB = -9999.0
 
-_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 422: "invalid_output_error", 429: "rate_limit_error"}
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    422: "invalid_output_error",
+    429: "rate_limit_error",
+}
 
 
 @dataclass(frozen=True, slots=True)

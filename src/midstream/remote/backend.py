@@ -25,6 +25,8 @@ from midstream.remote.tokens import Tokens
 from midstream.types import AdapterInfo, Chat, Choice, Completion, Delta, Request, Score
 
 _COMPLETIONS = "v1/completions"
+# A caller may ask for ever new options; those of contracts are few.
+_MAX_PARTINGS = 1024
 
 
 class RemoteBackend:
@@ -200,6 +202,8 @@ class RemoteBackend:
 
     async def _parting(self, options: tuple[str, ...]) -> Parting | None:
         if options not in self._partings:
+            if len(self._partings) >= _MAX_PARTINGS:
+                self._partings.clear()
             tokens = await asyncio.gather(*(self.tokenize(option) for option in dict.fromkeys(options)))
             self._partings[options] = find_parting(dict(zip(dict.fromkeys(options), tokens, strict=True)))
         return self._partings[options]

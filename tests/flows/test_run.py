@@ -12,12 +12,10 @@ import pytest
 
 from midstream.backend import Backend
 from midstream.errors import BudgetExceeded, Cancelled, DeadlineExceeded, ForwardFailed, MidstreamError
-from midstream.flows.answer import answer, told, transcript_of
 from midstream.flows.events import NO_USAGE, Call, Decision, Event, total
 from midstream.flows.run import FlowResult, Run
 from midstream.together import together
-from midstream.transcript import Transcript
-from midstream.types import AdapterInfo, Chat, Completion, Message, Request, SamplingParams, Score, Usage
+from midstream.types import AdapterInfo, Chat, Completion, Message, Request, Score, Usage
 from tests.flows.backends import Failing, Scripted
 
 ASKED = Request(prompt=tuple(map(ord, "user: hello\x03assistant: ")))
@@ -115,6 +113,15 @@ async def test_usage_is_the_sum_over_the_calls() -> None:
     assert total([Usage(1, 2, 3, 4, 5, 6), Usage(10, 20, 30, 40, 50, 60)]) == Usage(11, 22, 33, 44, 55, 66)
 
 
+def test_a_call_is_told_without_its_prompt() -> None:
+    call = Call("step", ASKED, ForwardFailed("it"))
+    assert call.as_dict() == {
+        "adapter": None,
+        "usage": NO_USAGE.as_dict(),
+        "error": {"code": "forward_failed", "message": "it"},
+    }
+
+
 async def test_a_failing_call_is_kept_once_with_its_error() -> None:
     for at, step in enumerate(("one", "two", "stream", "score")):
         told: list[Event] = []
@@ -157,22 +164,6 @@ async def test_a_stream_that_is_left_early_is_noted_and_closed() -> None:
     assert run.error is None
     assert [(call.step, type(call.outcome)) for call in run.calls] == [("left", Cancelled), ("whole", Completion)]
     assert backend.running == 0
-
-
-async def test_what_a_reader_of_the_text_raises_ends_the_request() -> None:
-    backend, run = scripted(), Run()
-    transcript = await transcript_of(backend, CHAT)
-
-    def fails(text: str) -> None:
-        raise KeyError(text)
-
-    async def body() -> None:
-        with pytest.raises(KeyError):
-            await answer(run.backend(backend, "answer"), transcript, SamplingParams(), on_text=fails)
-        assert backend.running == 0
-
-    await run.execute(body)
-    assert [type(call.outcome) for call in run.calls] == [Cancelled]
 
 
 async def test_adapters_are_asked_for_once_in_a_run() -> None:
@@ -394,32 +385,3 @@ async def test_what_a_listener_raises_stops_the_flow_and_nothing_is_left() -> No
             assert len(set(steps)) == len(steps), "no call is noted twice"
             assert backend.running == 0
             assert not left_running()
-
-
-# ---------------------------------------------------------------------- turns
-
-
-async def test_a_turn_takes_one_answer() -> None:
-    backend = scripted()
-    start = await transcript_of(backend, CHAT)
-    assert await transcript_of(backend, start) is start
-    with pytest.raises(MidstreamError, match="best_of_n"):
-        await answer(backend, start, SamplingParams(n=2))
-    pieces: list[str] = []
-    answered, completion = await answer(backend, start, SamplingParams(), on_text=pieces.append)
-    assert pieces == ["a", "b"]
-    assert completion.text == "ab"
-    assert (
-        answered
-        == await told(backend, start, "ab")
-        == await Transcript.of(backend, Chat(messages=(*CHAT.messages, Message(role="assistant", content="ab"))))
-    )
-
-
-def test_a_call_is_told_without_its_prompt() -> None:
-    call = Call("step", ASKED, ForwardFailed("it"))
-    assert call.as_dict() == {
-        "adapter": None,
-        "usage": NO_USAGE.as_dict(),
-        "error": {"code": "forward_failed", "message": "it"},
-    }

@@ -177,6 +177,18 @@ async def test_a_calls_failing_forward_ends_its_request_and_no_other(calling: As
     assert went_on.token_ids == expected.token_ids
 
 
+async def test_a_fault_in_one_branch_of_a_step_ends_the_request_once(
+    calling: AsyncEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any) -> int:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("midstream.engine.core.choose", fail)
+    with pytest.raises(ForwardFailed, match="a bug"):
+        await calling.complete(writing("[a-e]@c:[a-e]", n=3))
+    assert [record.message for record in caplog.records] == ["sampling failed"]
+
+
 async def test_eviction_between_any_two_forwards_changes_no_token(
     calling: AsyncEngine, model: Any, callee_folders: dict[str, Path], peft: Any
 ) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from midstream.backend import Portal, SyncBackend
 from midstream.config import EngineConfig
@@ -21,6 +22,8 @@ from midstream.library import library_adapters
 from midstream.models.source import DEFAULT_MODEL
 from midstream.transcript import Transcript
 from midstream.types import AdapterInfo, Chat, Completion, Delta, Document, Message, Request, SamplingParams
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +84,10 @@ class Engine:
         """A new conversation, with a system message if one is given."""
         messages = () if system is None else (Message(role="system", content=system),)
         return Conversation(self, messages)
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine that uses `aio` to its end, such as a flow's, and return its result."""
+        return self.portal.run(coroutine)
 
     def stats(self) -> EngineStats:
         return self.portal.run(self.aio.stats())
@@ -155,10 +162,11 @@ class Conversation:
         prompt = await self.transcript.prompt(self.engine.aio)
         request = Request(prompt=prompt, params=SamplingParams(**sampling))
         completion: Completion | None = None
-        async for delta in self.engine.aio.stream(request):
-            if delta.text and on_text is not None:
-                on_text(delta.text)
-            completion = delta.completion or completion
+        async with aclosing(self.engine.aio.stream(request)) as deltas:
+            async for delta in deltas:
+                if delta.text and on_text is not None:
+                    on_text(delta.text)
+                completion = delta.completion or completion
         assert completion is not None
         self.transcript = await self.transcript.answered(self.engine.aio, prompt, completion.choices[0])
         # On the portal's loop, not the caller's: the next call may come from another one.

@@ -219,6 +219,28 @@ async def test_a_kv_budget_that_holds_one_branch_delays_and_changes_nothing(
         assert answer.usage.cached_tokens >= 0
 
 
+async def test_a_call_and_its_caller_go_before_those_that_wait(model: Any, callee_folders: dict[str, Path]) -> None:
+    async with running(model, callee_folders, max_running_sequences=1) as engine:
+        core, behind = engine._core, 0
+
+        def check(step: int) -> None:
+            nonlocal behind
+            for job in core._jobs.values():
+                if job.callees:
+                    behind += len(core.scheduler.waiting) > 1
+                    first = [*core.scheduler.running, *core.scheduler.waiting][0]
+                    assert first.job.root is job
+
+        Watch(engine, check)
+        asked = writing("([a-e]@c:){6}", *invocable("check", max_tokens=100), max_tokens=700)
+        calling = asyncio.create_task(engine.complete(asked))
+        while not (await engine.stats()).running:
+            await asyncio.sleep(0.001)
+        others = [engine.complete(Request(prompt=TEXT, params=SamplingParams(max_tokens=3))) for _ in range(4)]
+        await asyncio.gather(calling, *others)
+        assert behind, "nobody waited behind a call"
+
+
 async def test_calls_share_nothing_between_scopes(calling: AsyncEngine) -> None:
     asked = writing("[a-e]{2}@c:[a-e]{3}")
     first = await calling.complete(asked.model_copy(update={"cache_scope": "a"}))

@@ -15,7 +15,7 @@ import midstream
 from midstream.errors import InputError
 from midstream.history import find_parting
 from midstream.session import Conversation, Engine
-from midstream.types import Chat, Document, Message
+from midstream.types import Chat, Document, Message, Request
 from tests.helpers import SEVEN, make_adapter_folder, tiny_llama
 from tests.tiny import tiny_chat, tiny_engine
 
@@ -55,6 +55,12 @@ def test_a_call_after_a_reply_computes_the_invocation_and_nothing_else(engine: E
     assert talk.token_ids == history, "a call does not end up in the history"
     assert talk.call("check").activation_index == len(history)
     assert (talk.call("guard").activation_index or 0) < len(history), "it judges the user's turn"
+
+
+def test_a_coroutine_is_run_to_its_end(engine: Engine) -> None:
+    assert engine.run(engine.aio.tokenize("hello")) == tuple(tiny_chat().encode("hello"))
+    with pytest.raises(InputError, match="empty"):
+        engine.run(engine.aio.complete(Request(prompt=())))
 
 
 def test_the_next_turn_reuses_all_of_the_last_one(engine: Engine) -> None:

@@ -23,7 +23,19 @@ def test_the_python_example_runs_and_calls_the_adapter() -> None:
 
 def test_every_command_it_names_exists() -> None:
     verbs = set(re.findall(r"^midstream (\w+)", README, re.M))
-    assert verbs == {"demo", "chat", "call", "complete", "adapters", "models", "train", "eval", "sample", "serve"}
+    assert verbs == {
+        "demo",
+        "chat",
+        "call",
+        "complete",
+        "adapters",
+        "models",
+        "train",
+        "eval",
+        "sample",
+        "serve",
+        "flow",
+    }
     for verb in sorted(verbs):
         command = [sys.executable, "-m", "midstream.cli.main", verb, "--help"]
         assert subprocess.run(command, capture_output=True, check=False).returncode == 0, verb

@@ -56,7 +56,7 @@ def check_alike(one: Any, other: Any, at: str = "result") -> None:
     if at == "result":
         one, other = lasting(one), lasting(other)
     if isinstance(one, Mapping) and isinstance(other, Mapping):
-        assert list(one) == list(other), at
+        assert one.keys() == other.keys(), at
         for name in one:
             check_alike(one[name], other[name], f"{at}.{name}")
     elif _is_list(one) and _is_list(other):

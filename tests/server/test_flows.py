@@ -12,7 +12,10 @@ from typing import Any
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from pydantic import ValidationError
 
+from midstream.config import ServerConfig
+from midstream.errors import InputError
 from midstream.flows import (
     AgentSettings,
     BestOfNSettings,
@@ -36,6 +39,7 @@ from midstream.flows import (
 from midstream.flows.run import FlowResult
 from midstream.remote import RemoteBackend
 from midstream.retrieval import Bm25Retriever, read_documents
+from midstream.server.app import create_app
 from midstream.transcript import Transcript
 from midstream.types import Chat, Message
 from tests.flows.home import check_alike, home_engine, write_home
@@ -243,6 +247,15 @@ def test_without_documents_there_is_nothing_to_search(home: Path) -> None:
                 assert "start the server with --docs" in response.json()["error"]["message"]
         assert play(bare, "rag", corpus=[{"text": "The museum."}]).status_code == 200
         assert flows_counted(bare)["rag", "invalid_request_error"] == 2
+
+
+def test_documents_that_cannot_be_read_are_named_before_anything_is_served(home: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match="no file or folder"):
+        ServerConfig(docs=tmp_path / "nowhere")
+    engine = home_engine(home)
+    with pytest.raises(InputError, match="no text in"):
+        create_app(engine, ServerConfig(docs=tmp_path))
+    asyncio.run(engine.aclose())
 
 
 # ---------------------------------------------------------------------- stopped

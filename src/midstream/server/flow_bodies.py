@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -51,7 +52,7 @@ Corpus = Annotated[
 ]
 
 
-class FlowBody(Body):
+class FlowBody(Body, ABC):
     """What all flows are given. Each subclass adds its `settings`."""
 
     flow: ClassVar[str]
@@ -66,9 +67,9 @@ class FlowBody(Body):
     )
     stream: bool | None = None
 
+    @abstractmethod
     async def perform(self, backend: Backend, run: Run, docs: Retriever | None) -> FlowResult:
         """Run the flow. `docs` are the server's own documents. Raises InputError for what it cannot begin with."""
-        raise NotImplementedError
 
     @classmethod
     def settings_type(cls) -> type[BaseModel]:
@@ -78,7 +79,7 @@ class FlowBody(Body):
         return kind
 
 
-class _Answering(FlowBody):
+class _Answering(FlowBody, ABC):
     """A flow that answers the whole conversation."""
 
     documents: list[Passage] | None = None

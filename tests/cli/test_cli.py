@@ -216,7 +216,8 @@ def test_sample_draws_a_row_an_answer_and_redraws_a_question_that_was_torn(cli: 
     rows = [{"id": f"q#{i}", "source": "s", "question": f"who {i}?", "answers": ["A"]} for i in range(3)]
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
     out = tmp_path / "rows.jsonl"
-    command = ("sample", "--data", str(tmp_path / "questions.jsonl"), "--out", str(out), "--answers", "3", "--each", "2")
+    files = ("--data", str(tmp_path / "questions.jsonl"), "--out", str(out))
+    command = ("sample", *files, "--answers", "3", "--each", "2")
     # In bfloat16 a sample can depend on what else was in the batch.
     options = ("--model", str(cli.home / "tiny"), "--dtype", "float32")
     cli(*command, *options)

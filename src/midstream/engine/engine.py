@@ -17,6 +17,7 @@ import torch
 
 from midstream.adapters import Adapter, AdapterRegistry, load_adapter
 from midstream.config import EngineConfig
+from midstream.engine.apart import apart
 from midstream.engine.core import CacheNode, EngineCore, EngineStats
 from midstream.engine.kv_tree import KVTree
 from midstream.engine.loop import EngineLoop
@@ -75,7 +76,7 @@ class AsyncEngine:
         progress: bool = False,
     ) -> AsyncEngine:
         """Load a model (a known name, a Hugging Face folder or hub id, a GGUF file). Raises ModelError."""
-        return cls(load_model(model, dtype=dtype, device=device, progress=progress), config)
+        return cls(apart(lambda: load_model(model, dtype=dtype, device=device, progress=progress)), config)
 
     @property
     def chat(self) -> ChatTokenizer:
@@ -146,7 +147,7 @@ class AsyncEngine:
 
     async def load_adapter(self, folder: str | Path, *, name: str | None = None, pin: bool = False) -> AdapterInfo:
         """Load a PEFT folder. One of the same name is replaced; requests that run on it keep it."""
-        adapter = await asyncio.to_thread(self._read_adapter, Path(folder), name)
+        adapter = await asyncio.to_thread(apart, lambda: self._read_adapter(Path(folder), name))
         return await self._on_loop(lambda: self._core.add_adapter(adapter, pin=pin))
 
     async def unload_adapter(self, name: str) -> None:

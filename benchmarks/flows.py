@@ -2,6 +2,7 @@
 
 - `right`: eight answers to each question of ARC, BoolQ and NQ-open, scored; is the selected one right more often?
 - `grounded`: eight answers to each MTRAG turn from its passages; is more of the selected one in the passages?
+- `gate`: is each held-out MTRAG turn, answerable or not, let through by answerability on what is retrieved for it?
 - `turns`: MTRAG turns played by the RAG flow with and without rewriting. Every check's score is kept, so that turns
   with and without each intrinsic can be told apart.
 - `time`: a few of these turns with each intrinsic left out, and best-of-n beside one answer, interleaved.
@@ -21,14 +22,14 @@ from typing import Any
 
 from benchmarks.common import machine, write
 from benchmarks.flows_data import Turn, corpora, questions, turns
-from benchmarks.flows_draw import Raw, draw_grounded, draw_right, play_turn
+from benchmarks.flows_draw import Raw, draw_gate, draw_grounded, draw_right, play_turn
 from benchmarks.flows_report import plots, summary
 from midstream.flows.rag import RagSettings
 from midstream.retrieval import Bm25Retriever
 from midstream.session import Engine
 from midstream.types import SamplingParams
 
-PARTS = ("right", "grounded", "turns", "time")
+PARTS = ("right", "grounded", "gate", "turns", "time")
 # Nothing is refused, gated or withheld: the scores are kept, and what each threshold would do is told from them.
 _OPEN = RagSettings(guard=1.0, answerable=0.0, grounded=0.0, certain=0.0, params=SamplingParams(max_tokens=64))
 _WITHOUT: Mapping[str, dict[str, Any]] = {
@@ -60,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--questions", type=int, default=300)
-    parser.add_argument("--turns", type=int, default=100, help="for `grounded`; `turns` takes 45 and all unanswerable")
+    parser.add_argument("--turns", type=int, default=100, help="for `grounded`; `turns` takes 30 and all unanswerable")
     parser.add_argument("--n", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5, help="turns that are timed")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin nothing after so long; 0: only report")
@@ -84,14 +85,20 @@ def _run(engine: Engine, raw: Raw, arguments: argparse.Namespace) -> None:
         answerable = [turn for turn in found if turn.answerable][: arguments.turns]
         raw.fill("grounded", [(t.id, lambda t=t: draw_grounded(engine, t, n)) for t in answerable], deadline)
     retrievers = {name: Bm25Retriever(documents) for name, documents in corpora(arguments.data).items()}
-    chosen = [turn for turn in found if turn.answerable][:45] + [turn for turn in found if not turn.answerable]
+    chosen = [turn for turn in found if not turn.answerable] + [turn for turn in found if turn.answerable][:30]
+    if "gate" in parts:
+        raw.fill("gate", [(t.id, lambda t=t: draw_gate(engine, t, retrievers[t.domain])) for t in found], deadline)
     if "turns" in parts:
         for part, more in (("turns", {}), ("turns, no rewrite", {"rewrite": False})):
             settings = _OPEN.model_copy(update=more)
             work = [(t.id, lambda t=t, s=settings: play_turn(engine, t, retrievers[t.domain], s)) for t in chosen]
             raw.fill(part, work, deadline)
     if "time" in parts:
-        raw.fill("time", [("all", lambda: _timed(engine, chosen[: arguments.rounds], retrievers, n))], deadline)
+        raw.fill(
+            "time",
+            [("all", lambda: _timed(engine, [t for t in chosen if t.answerable][: arguments.rounds], retrievers, n))],
+            deadline,
+        )
 
 
 def _timed(engine: Engine, some: Sequence[Turn], retrievers: Mapping[str, Bm25Retriever], n: int) -> dict[str, Any]:

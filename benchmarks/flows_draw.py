@@ -13,10 +13,11 @@ from midstream.evaluation.answers import Question
 from midstream.flows.best_of_n import BestOfN, BestOfNSettings, best_of_n
 from midstream.flows.rag import RagSettings, RagTurn, rag_turn
 from midstream.flows.run import Run
+from midstream.intrinsics import answerability
 from midstream.retrieval import Bm25Retriever
 from midstream.session import Engine
 from midstream.transcript import Transcript
-from midstream.types import Choice, SamplingParams
+from midstream.types import Chat, Choice, SamplingParams
 
 _ANSWER = 64  # tokens of an answer from documents
 
@@ -95,6 +96,19 @@ def _row(result: BestOfN, quality: Mapping[int, Mapping[str, float]]) -> dict[st
         for c in result.candidates
     ]
     return {"seconds": result.seconds, "tokens": result.tokens_spent, "candidates": candidates}
+
+
+def draw_gate(engine: Engine, turn: Turn, retriever: Bm25Retriever) -> dict[str, Any]:
+    """Answerability of a turn from its own passages, and from those that its bare question finds."""
+    started = time.perf_counter()
+    found = tuple(passage.document for passage in retriever.search(turn.question, 3))
+    scores = {}
+    for name, documents in (("given", turn.documents), ("retrieved", found)):
+        if documents:
+            last = turn.chat.messages[-1].model_copy(update={"documents": documents})
+            chat = Chat(messages=(*turn.chat.messages[:-1], last))
+            scores[name] = engine.run(answerability(engine.aio, chat)).probability
+    return {"answerable": turn.answerable, "scores": scores, "seconds": time.perf_counter() - started}
 
 
 def play_turn(engine: Engine, turn: Turn, retriever: Bm25Retriever, settings: RagSettings) -> dict[str, Any]:

@@ -44,7 +44,8 @@ def summary(raw: Raw) -> dict[str, Any]:
     if rows := raw.part("turns"):
         without = {row["id"]: row for row in raw.part("turns, no rewrite")}
         found["turns"] = _turns(rows, without)
-        found["gate"] = gate(rows)
+    if rows := raw.part("gate"):
+        found["gate"] = {name: gate(rows, name) for name in ("given", "retrieved")}
     if rows := raw.part("time"):
         found["time"] = rows[0]["rows"]
     return found
@@ -85,13 +86,14 @@ def _cost(rows: Sequence[Row]) -> dict[str, float]:
     }
 
 
-def gate(rows: Sequence[Row]) -> dict[str, Any]:
+def gate(rows: Sequence[Row], name: str) -> dict[str, Any]:
     """Answers given to unanswerable questions, gated by answerability, at several answer rates on answerable ones.
 
     Without a gate every question is answered. A gate that knows nothing answers both kinds at the same rate.
     """
-    yes = np.array([row["scores"]["answerability"] for row in rows if row["answerable"]])
-    no = np.array([row["scores"]["answerability"] for row in rows if not row["answerable"]])
+    # Where nothing was found the flow answers nothing.
+    yes = np.array([row["scores"].get(name, 0.0) for row in rows if row["answerable"]])
+    no = np.array([row["scores"].get(name, 0.0) for row in rows if not row["answerable"]])
     if not len(yes) or not len(no):
         return {}
     pairs = (yes[:, None] > no[None, :]).mean() + 0.5 * (yes[:, None] == no[None, :]).mean()

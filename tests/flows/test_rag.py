@@ -377,13 +377,19 @@ async def test_a_refusal_does_not_wait_for_the_rewrite() -> None:
 # ---------------------------------------------------------------------- the base model's turn
 
 
-async def test_the_answer_is_drawn_with_the_runs_seed_unless_the_settings_have_one() -> None:
+async def test_the_answer_is_drawn_with_the_runs_seed() -> None:
     for how, step in (({}, "answer"), ({"answerability": {"answerable": 0.0}}, "clarify")):
-        for own, expected in ((None, 5), (8, 8)):
-            params = SamplingParams(temperature=1.0, seed=own)
-            turn = await turn_of(good(**how), params=params, unanswerable="clarify", run=Run(seed=5))
-            request = next(call.request for call in turn.calls if call.step == step)
-            assert request.params == SamplingParams(temperature=1.0, seed=expected)
+        params = SamplingParams(temperature=1.0)
+        turn = await turn_of(good(**how), params=params, unanswerable="clarify", run=Run(seed=5))
+        request = next(call.request for call in turn.calls if call.step == step)
+        assert request.params == SamplingParams(temperature=1.0, seed=5)
+        assert turn.trusted == (step == "answer"), "what was not answered is not to be trusted"
+
+
+@pytest.mark.parametrize("given", [{"seed": 8}, {"n": 2}])
+def test_settings_leave_seed_and_number_of_answers_to_the_flow(given: dict[str, int]) -> None:
+    with pytest.raises(ValidationError, match="a flow"):
+        RagSettings(params=SamplingParams(**given))
 
 
 async def test_documents_of_the_conversation_stay_where_they_are() -> None:

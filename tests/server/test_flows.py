@@ -299,6 +299,21 @@ def test_an_answer_that_fits_no_contract_is_422(server: Running) -> None:
     assert [step["action"] for step in response.json()["result"]["steps"]] == ["unusable", "unusable"]
 
 
+def test_a_conversation_that_is_too_long_is_refused_before_anything_is_done(server: Running) -> None:
+    turn = {"role": "user", "content": "far too long " * 400}
+    response = play(server, "best-of-n", messages=[turn])
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_a_flow_of_many_answers_does_not_fill_the_queue(home: Path) -> None:
+    with running(home_engine(home, max_queued_requests=18, max_running_sequences=4)) as server:
+        settings = {"n": 64, "params": {"max_tokens": 4, "temperature": 1.0}}
+        response = play(server, "majority", settings=settings)
+    assert response.status_code == 200
+    assert len(response.json()["candidates"]) == 64
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_ends_its_flow_and_frees_its_kv(server: Running, stream: bool) -> None:
     engine = server.service.engine

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from midstream.backend import Backend
 from midstream.errors import MidstreamError, OutputError, RetrievalError
 from midstream.flows.answer import answer, told, transcript_of
+from midstream.flows.draft import DrawnParams
 from midstream.flows.run import FlowResult, Run
 from midstream.intrinsics import answerability, certainty, hallucination, jailbreak, query_rewrite, requirement_check
 from midstream.retrieval import Passage, Retriever
@@ -50,7 +51,7 @@ class RagSettings(BaseModel):
     met: float = Field(default=0.5, ge=0, le=1)
     refusal: str = "I cannot help with that."
     unknown: str = "I cannot find that in the documents."
-    params: SamplingParams = SamplingParams(max_tokens=256)
+    params: DrawnParams = SamplingParams(max_tokens=256)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,7 @@ class RagTurn(FlowResult):
     `query` is what was searched for, `scores` the probability that each check gave. `transcript` is the conversation
     to go on with: with this turn, or without it where the turn was stopped before its answer was whole; `answer` is
     then what there is of it. (It is empty where a Chat was given and the turn was stopped before it was read.)
-    `trusted`: no check that was made failed, and nothing stopped the turn.
+    `trusted`: it was answered, and no check that was made failed.
     """
 
     question: str
@@ -155,7 +156,7 @@ class _Turn:
             answer=self.answer,
             outcome=self.outcome,
             scores=self.scores,
-            trusted=self.trusted and self.run.error is None,
+            trusted=self.trusted and self.outcome == "answered" and self.run.error is None,
             transcript=self.transcript,
             **self.run.finish(),
         )
@@ -243,7 +244,7 @@ class _Turn:
 
     def _params(self) -> SamplingParams:
         params = self.settings.params
-        return params if params.seed is not None else params.model_copy(update={"seed": self.run.seed})
+        return params.model_copy(update={"seed": self.run.seed})
 
     async def _say(self, asked: Transcript, text: str, outcome: Outcome) -> None:
         self.run.tell("text", "answer", {"text": text, "index": 0})

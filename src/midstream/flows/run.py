@@ -67,7 +67,8 @@ class Run:
     answers): no call begins once they are spent. Without a `seed` one is drawn, and told in the result.
 
     `on_event` is called in the flow's event loop, which waits for it. What it raises stops the flow: a MidstreamError
-    becomes the flow's error, anything else is raised to the flow's caller. Either way nothing is left running.
+    becomes the flow's error, anything else is raised to the flow's caller. Either way nothing is left running. The event
+    `end` is told when there is a result already: what is raised there is the caller's.
     """
 
     def __init__(

@@ -67,6 +67,10 @@ class FlowBody(Body, ABC):
     )
     stream: bool | None = None
 
+    def chat(self) -> Chat:
+        """The conversation that is answered."""
+        return chat_of(self.messages)
+
     @abstractmethod
     async def perform(self, backend: Backend, run: Run, docs: Retriever | None) -> FlowResult:
         """Run the flow. `docs` are the server's own documents. Raises InputError for what it cannot begin with."""

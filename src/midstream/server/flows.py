@@ -10,7 +10,7 @@ from fastapi import APIRouter
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from midstream.errors import InputError, MidstreamError
+from midstream.errors import InputError, MidstreamError, PromptTooLong
 from midstream.flows.events import Listener
 from midstream.flows.run import FlowResult, Run
 from midstream.retrieval import Bm25Retriever, Retriever, read_documents
@@ -96,6 +96,7 @@ async def _served(service: Service, http: HttpRequest, body: FlowBody, docs: Ret
     """Run a flow and answer with its result, or with its events and then its result."""
     exchange = Exchange.of(http)
     exchange.fields["flow"] = body.flow
+    await _check_fits(service, body)
 
     async def flow(listener: Listener | None) -> FlowResult:
         return await _counted(service, http, body, docs, listener)
@@ -113,6 +114,14 @@ async def _served(service: Service, http: HttpRequest, body: FlowBody, docs: Ret
         await playing.aclose()
         raise
     return EventStream(playing, stall_s=service.config.stall_timeout_s)
+
+
+async def _check_fits(service: Service, body: FlowBody) -> None:
+    """Refuse a conversation that is too long before anything is done for it. A transcript renders it turn by turn."""
+    tokens = await asyncio.to_thread(service.engine.chat.history, body.chat())
+    room = service.engine.max_context_tokens
+    if len(tokens) >= room:
+        raise PromptTooLong(f"the conversation has {len(tokens)} tokens and the context {room}: send less of it")
 
 
 async def _counted(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections import Counter
@@ -92,16 +93,28 @@ class Service:
         return ScopedBackend(self, Exchange.of(request), dict(request.headers))
 
 
+# One HTTP request may be a flow of many requests; so many of them are before the engine at a time, whose queue is for all.
+_AT_ONCE = 16
+
+
 class ScopedBackend:
-    """The engine for one HTTP request: its cache scope and deadline, counted, logged and traced. A Backend."""
+    """The engine for one HTTP request: its cache scope and deadline, counted, logged and traced. A Backend.
+
+    At most 16 requests at a time reach the engine; what begins beyond that waits here.
+    """
 
     def __init__(self, service: Service, exchange: Exchange, headers: dict[str, str]) -> None:
         self._service = service
         self._exchange = exchange
         self._headers = headers
         self._deadline = time.monotonic() + service.config.request_timeout_s
+        self._room = asyncio.Semaphore(_AT_ONCE)
 
     async def complete(self, request: Request) -> Completion:
+        async with self._room:
+            return await self._complete(request)
+
+    async def _complete(self, request: Request) -> Completion:
         with span("midstream.complete", self._headers, self._attributes(request)) as current:
             completion = await self._service.engine.complete(self._mine(request))
             self._finish(completion, current)
@@ -109,7 +122,7 @@ class ScopedBackend:
 
     async def stream(self, request: Request) -> AsyncGenerator[Delta, None]:
         # The span is not made current: a generator may be closed in another context than it was begun in.
-        async with aclosing(self._service.engine.stream(self._mine(request))) as deltas:
+        async with self._room, aclosing(self._service.engine.stream(self._mine(request))) as deltas:
             async for delta in deltas:
                 if delta.completion is not None:
                     with span("midstream.stream", self._headers, self._attributes(request)) as current:
@@ -117,7 +130,8 @@ class ScopedBackend:
                 yield delta
 
     async def score(self, request: Request, continuations: Sequence[Sequence[int]]) -> Score:
-        return await self._service.engine.score(self._mine(request), continuations)
+        async with self._room:
+            return await self._service.engine.score(self._mine(request), continuations)
 
     async def tokenize(self, prompt: Any, *, header: bool = True) -> tuple[int, ...]:
         return await self._service.engine.tokenize(prompt, header=header)

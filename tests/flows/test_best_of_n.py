@@ -249,13 +249,24 @@ async def test_what_comes_out_depends_on_the_seed_and_not_on_timing() -> None:
 async def test_the_budget_is_looked_at_between_waves() -> None:
     settings = BestOfNSettings(n=20, at_once=5, params=SHORT)
     free = await best_of_n(scripted(), CHAT, settings, run=Run(seed=3))
-    budget = free.curve()[4].tokens + 30  # room for a wave of two
+    cost = max(len(c.token_ids) + c.judging_tokens for c in free.candidates)
+    budget = free.curve()[4].tokens + 2 * cost  # room for a wave of two
     result = await best_of_n(scripted(), CHAT, settings, run=Run(seed=3, max_tokens=budget))
     assert (result.stopped, result.error) == ("budget", None)
     assert len(result.candidates) == 7
     assert all(c.score is not None for c in result.candidates), "a wave that has begun is brought to its end"
     assert [c.text for c in result.candidates] == [c.text for c in free.candidates[:7]]
     assert result.decisions[-2].outcome == "budget"
+
+
+async def test_a_wave_is_sized_by_what_answers_cost_with_their_judging() -> None:
+    settings = BestOfNSettings(n=128, at_once=8, params=SamplingParams(max_tokens=13, temperature=1.0))
+    run = Run(seed=3, max_tokens=1000)
+    result = await best_of_n(scripted(), CHAT, settings, run=run)
+    assert (result.stopped, result.error) == ("budget", None)
+    most = max(c.tokens_spent for c in result.candidates[1:])
+    assert most > 13, "an answer costs more than its own tokens"
+    assert 1000 <= result.tokens_spent < 1000 + most
 
 
 async def test_a_small_budget_has_room_for_one_and_none_for_none() -> None:

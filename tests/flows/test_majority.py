@@ -70,12 +70,25 @@ def test_the_last_match_is_extracted() -> None:
     assert extracting(r"(x)?y")("y") is None, "the group has no part in the match"
 
 
-def test_an_expression_that_backtracks_without_end_is_given_up_once_for_all() -> None:
-    key = extracting("(" + "|".join("a" * i for i in range(1, 300)) + ")*$")
+def test_an_expression_does_not_backtrack() -> None:
+    key = extracting("(" + "|".join("a" * i for i in range(1, 43)) + ")*$")
+    assert key("a" * 50_000 + "b") is None
+    assert extracting("(a+)+$")("a" * 50_000 + "b") is None
+    assert extracting("(?:a?){40}(a{40})$")("a" * 40) == "a" * 40
+
+
+def test_matches_that_each_read_all_of_the_text_are_given_up_once_for_all() -> None:
+    key = extracting(r"([ab])(a|b| )*?a[\s\S]{800}c|b")
     with pytest.raises(TimeoutError, match="took longer than"):
-        key("a" * 300 + "b")
-    with pytest.raises(TimeoutError, match="an earlier search"):
-        key("aaa")
+        key("ab " * 10_000)
+    with pytest.raises(TimeoutError, match="took longer than"):
+        key("b")
+
+
+@pytest.mark.parametrize("pattern", ["((((a){99}){99}){99}){99}", "((((a?){9}){9}){9}){9}", r"(\pL{300})"])
+def test_an_expression_that_would_grow_is_refused(pattern: str) -> None:
+    with pytest.raises(ValueError, match="RE2's syntax"):
+        extracting(pattern)
 
 
 async def test_most_votes_win_and_the_groups_are_told() -> None:
@@ -132,7 +145,7 @@ async def test_a_callers_own_key_decides() -> None:
 
 
 async def test_misuse_is_named() -> None:
-    for pattern in ("(", "no group", "(a{1,99999999999999999999})", "(" * 900):
+    for pattern in ("(", "no group", "(a{1,9999})", "(" * 900, "(?=a)(b)", r"(a)\1", "\ud800(a)"):
         with pytest.raises(ValidationError):
             MajoritySettings(extract=pattern)
     both = await majority(scripted("a"), CHAT, MajoritySettings(extract="(a)"), key=str)

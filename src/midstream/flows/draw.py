@@ -158,13 +158,18 @@ class Drawing:
     # ------------------------------------------------------------------ waves
 
     def _affordable(self) -> int:
-        """How many answers the next wave takes: no more than the budget has room for if each takes its `max_tokens`,
-        but one where anything is left."""
+        """How many answers the next wave takes: what the budget has room for, but one where anything is left."""
         size = min(self._settings.wave, self._settings.n - len(self._drafts))
         if self._run.max_tokens is None:
             return size
         left = self._run.max_tokens - self._run.tokens_spent
-        return min(size, max(1, left // self._settings.params.max_tokens)) if left > 0 else 0
+        return min(size, max(1, left // self._cost())) if left > 0 else 0
+
+    def _cost(self) -> int:
+        """Tokens that an answer is taken to cost: its `max_tokens`, or what one before cost with its judging."""
+        # Without its prompt, which the answers share.
+        before = (len(c.token_ids) + c.judging_tokens for c in self.candidates)
+        return max(self._settings.params.max_tokens, max(before, default=0))
 
     def _spent(self) -> None:
         reason = f"{self._run.tokens_spent} of {self._run.max_tokens} tokens are spent"

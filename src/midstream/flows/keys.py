@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
+import time
 import unicodedata
 from collections.abc import Callable
 
-import regex
+import re2
 
 from midstream.errors import InputError
 
 Key = Callable[[str], str | None]
 """The key of an answer's text; None where it has none, and so no vote."""
 
-_PATIENCE_S = 0.25  # an expression that backtracks without end keeps everybody else's requests waiting
+_MOST_BYTES = 2**20  # of an expression, its automata included: it may come from anybody
+_PATIENCE_S = 0.25  # a search is linear, but there can be as many as the text has signs, and others wait meanwhile
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
@@ -30,36 +32,38 @@ def normalised(text: str) -> str:
     return _squeezed(_ARTICLES.sub(" ", words)) or _squeezed(words) or folded
 
 
-def compiled(pattern: str) -> regex.Pattern[str]:
-    """A regular expression with a group. Raises ValueError where it is none."""
+def compiled(pattern: str) -> re2._Regexp:
+    """A regular expression with a group, in RE2's syntax. Raises ValueError where it is none, or too large."""
+    options = re2.Options()
+    options.max_mem = _MOST_BYTES
+    options.log_errors = False
     try:
-        found = regex.compile(pattern)
-    except (regex.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"it is no regular expression: {error}") from error
+        found = re2.compile(pattern, options)
+    except (re2.error, UnicodeEncodeError) as error:
+        syntax = "RE2's syntax, which has no look-around and no back-references"
+        raise ValueError(f"it is no regular expression in {syntax}: {_why(error)}") from error
     if not found.groups:
         raise ValueError("it needs a group: put what is to be compared into parentheses")
     return found
 
 
 def extracting(pattern: str) -> Key:
-    """The key that is the normalised first group of a pattern's last match.
+    """The key that is the normalised first group of a pattern's last match. Raises ValueError as `compiled` does.
 
-    A search that takes too long is a TimeoutError, and so are all later ones at once.
+    Where the matches of a text take too long, it is a TimeoutError, and so are all later ones at once.
     """
     expression = compiled(pattern)
     late = False
 
     def key(text: str) -> str | None:
         nonlocal late
-        if late:
-            raise TimeoutError("an earlier search took too long")
         found = None
-        try:
-            for match in expression.finditer(text, timeout=_PATIENCE_S):
-                found = match.group(1)
-        except TimeoutError:
-            late = True
-            raise TimeoutError(f"the search for {pattern!r} took longer than {_PATIENCE_S} s") from None
+        began = time.thread_time()
+        for match in expression.finditer(text):
+            late = late or time.thread_time() - began > _PATIENCE_S
+            if late:
+                raise TimeoutError(f"the matches of {pattern!r} took longer than {_PATIENCE_S} s")
+            found = match.group(1)
         return None if found is None else normalised(found)
 
     return key
@@ -88,3 +92,8 @@ def _is_punctuation(text: str, at: int) -> bool:
 
 def _squeezed(text: str) -> str:
     return " ".join(text.split())
+
+
+def _why(error: Exception) -> str:
+    said = error.args[0]
+    return said.decode(errors="replace") if isinstance(said, bytes) else str(error)

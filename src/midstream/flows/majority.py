@@ -24,7 +24,7 @@ from midstream.types import Chat
 
 
 class MajoritySettings(DrawSettings):
-    """`extract`: a regular expression; answers are compared by the first group of its last match, else as a whole."""
+    """`extract`: a regular expression of RE2's; answers are compared by its last match's first group, else whole."""
 
     extract: str | None = Field(default=None, min_length=1, max_length=1000)
 

@@ -64,11 +64,13 @@ class Run:
     """One run of a flow. Make one to set limits, to listen, or to cancel; it serves one flow.
 
     `deadline_s` is from the flow's start. `max_tokens` bounds the tokens that are computed (prompt positions and
-    answers): no call begins once they are spent. Without a `seed` one is drawn, and told in the result.
+    answers): no call begins once they are spent. What a flow has begun as a whole is brought to its end, so it can
+    spend more by that. Reused tokens are not charged: with a budget the result also depends on what the KV cache held
+    already. Without a `seed` one is drawn, and told in the result.
 
     `on_event` is called in the flow's event loop, which waits for it. What it raises stops the flow: a MidstreamError
-    becomes the flow's error, anything else is raised to the flow's caller. Either way nothing is left running. The event
-    `end` is told when there is a result already: what is raised there is the caller's.
+    becomes the flow's error, anything else is raised to the flow's caller. Either way nothing is left running. The
+    event `end` is told when there is a result already: what is raised there is the caller's.
     """
 
     def __init__(

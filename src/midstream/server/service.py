@@ -93,7 +93,7 @@ class Service:
         return ScopedBackend(self, Exchange.of(request), dict(request.headers))
 
 
-# One HTTP request may be a flow of many requests; so many of them are before the engine at a time, whose queue is for all.
+# One HTTP request may be a flow of many; so many are before the engine at a time, whose queue is for all.
 _AT_ONCE = 16
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks.common import machine, write
 from benchmarks.flows_data import Turn, corpora, questions, turns
-from benchmarks.flows_draw import Raw, draw_gate, draw_grounded, draw_right, play_turn
+from benchmarks.flows_draw import Raw, draw_gate, draw_grounded, draw_right, draw_unscored, play_turn
 from benchmarks.flows_report import plots, summary
 from midstream.flows.rag import RagSettings
 from midstream.retrieval import Bm25Retriever
@@ -115,6 +115,8 @@ def _timed(engine: Engine, some: Sequence[Turn], retrievers: Mapping[str, Bm25Re
             engine.clear_cache()
             drawn = draw_grounded(engine, turn, count)
             figures.setdefault(f"best of {count}", []).append((drawn["seconds"], drawn["tokens"]))
+        engine.clear_cache()
+        figures.setdefault(f"{n} answers, not scored", []).append(draw_unscored(engine, turn, n))
     rows = {
         name: {
             "seconds": statistics.median(seconds for seconds, _ in each),

@@ -11,6 +11,7 @@ from typing import Any
 from benchmarks.flows_data import Turn, knowledge_precision, right, token_f1, words
 from midstream.evaluation.answers import Question
 from midstream.flows.best_of_n import BestOfN, BestOfNSettings, best_of_n
+from midstream.flows.majority import MajoritySettings, majority
 from midstream.flows.rag import RagSettings, RagTurn, rag_turn
 from midstream.flows.run import Run
 from midstream.intrinsics import answerability
@@ -58,7 +59,7 @@ def draw_right(engine: Engine, question: Question, n: int) -> dict[str, Any]:
         constraint=Choice(options=tuple(dict.fromkeys(question.options))) if question.options else None,
     )
     settings = BestOfNSettings(n=n, params=params, weights={"hallucination": 1, "certainty": 1})
-    result = engine.portal.run(best_of_n(engine.aio, question.chat, settings, run=Run(seed=_seed(question.id))))
+    result = engine.run(best_of_n(engine.aio, question.chat, settings, run=Run(seed=_seed(question.id))))
     result.raise_for_error()
     quality = {c.index: {"quality": float(right(question, c.text.strip()))} for c in result.candidates}
     return {"group": question.source, **_row(result, quality)}
@@ -71,7 +72,7 @@ def draw_grounded(engine: Engine, turn: Turn, n: int) -> dict[str, Any]:
         params=SamplingParams(temperature=0.8, max_tokens=_ANSWER),
         weights={"hallucination": 1, "certainty": 1},
     )
-    result = engine.portal.run(best_of_n(engine.aio, turn.chat, settings, run=Run(seed=_seed(turn.id))))
+    result = engine.run(best_of_n(engine.aio, turn.chat, settings, run=Run(seed=_seed(turn.id))))
     result.raise_for_error()
     quality = {
         c.index: {
@@ -81,6 +82,14 @@ def draw_grounded(engine: Engine, turn: Turn, n: int) -> dict[str, Any]:
         for c in result.candidates
     }
     return {"group": turn.domain, "answerable": turn.answerable, **_row(result, quality)}
+
+
+def draw_unscored(engine: Engine, turn: Turn, n: int) -> tuple[float, int]:
+    """Seconds and tokens of the same answers without their scores."""
+    settings = MajoritySettings(n=n, params=SamplingParams(temperature=0.8, max_tokens=_ANSWER))
+    result = engine.run(majority(engine.aio, turn.chat, settings, run=Run(seed=_seed(turn.id))))
+    result.raise_for_error()
+    return result.seconds, result.tokens_spent
 
 
 def _row(result: BestOfN, quality: Mapping[int, Mapping[str, float]]) -> dict[str, Any]:
@@ -115,7 +124,7 @@ def play_turn(engine: Engine, turn: Turn, retriever: Bm25Retriever, settings: Ra
     """A turn of the RAG flow, and what it is worth."""
     before = Transcript() if turn.history is None else turn.history
     run = Run(seed=_seed(turn.id))
-    result = engine.portal.run(rag_turn(engine.aio, before, turn.question, retriever, settings, run=run))
+    result = engine.run(rag_turn(engine.aio, before, turn.question, retriever, settings, run=run))
     result.raise_for_error()
     found = {passage.document.doc_id for passage in result.passages}
     return {

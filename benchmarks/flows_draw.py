@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -24,7 +25,7 @@ _ANSWER = 64  # tokens of an answer from documents
 
 
 class Raw:
-    """Raw results, one a line. A row is done when its part and id are there."""
+    """Raw results, one a line, without texts. A row is done when its part and id are there."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -96,9 +97,8 @@ def _row(result: BestOfN, quality: Mapping[int, Mapping[str, float]]) -> dict[st
     candidates = [
         {
             **quality[c.index],
-            "key": " ".join(words(c.text)),
-            "scores": dict(c.scores),
-            "text": c.text,
+            "key": hashlib.sha256(" ".join(words(c.text)).encode()).hexdigest()[:12],
+            "scores": {name: round(score, 6) for name, score in c.scores.items()},
             "generating_tokens": c.generating_tokens,
             "judging_tokens": c.judging_tokens,
         }
@@ -140,8 +140,6 @@ def play_turn(engine: Engine, turn: Turn, retriever: Bm25Retriever, settings: Ra
 def _turn_row(result: RagTurn) -> dict[str, Any]:
     return {
         "outcome": result.outcome,
-        "query": result.query,
-        "answer": result.answer,
         "scores": dict(result.scores),
         "trusted": result.trusted,
         "tokens": result.tokens_spent,

@@ -87,3 +87,17 @@ def test_the_servers_figures_are_those_of_the_results() -> None:
         f"memory {100 * soak['rss_growth']:+.1f} %",
     ):
         assert stated in README, stated
+
+
+def test_the_flows_figures_are_those_of_the_results() -> None:
+    found = json.loads((ROOT / "benchmarks" / "results" / "flows.json").read_text(encoding="utf-8"))
+    gain = found["grounded"]["strategies"]["hallucination"]["8"]["gain"]
+    assert gain["low"] > 0
+    seconds = {name: row["seconds"] for name, row in found["time"].items()}
+    drawing = seconds["8 answers, not scored"]
+    for stated in (
+        f"n = {found['grounded']['n']}) | {gain['value']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}] |",
+        f"| {seconds['best of 8'] - drawing:.1f} / {drawing:.1f} |",
+        f"| {seconds['all']:.1f} / {seconds['base alone']:.1f} |",
+    ):
+        assert stated in README, stated

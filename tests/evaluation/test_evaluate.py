@@ -51,7 +51,7 @@ def engine(home: Path) -> Iterator[Engine]:
         home / "run",
         budget=Budget(disk_bytes=0),
     )
-    with Engine.load(str(home / "tiny")) as engine:
+    with Engine.load(str(home / "tiny"), dtype="float32") as engine:
         engine.load_adapter(home / "mine")
         yield engine
 

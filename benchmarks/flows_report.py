@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import matplotlib
 import numpy as np
 
-from benchmarks.flows_selection import best_by, compare, interval, majority, oracle, within_auroc
+from benchmarks.common import interval
+from benchmarks.flows_selection import best_by, compare, majority, oracle, within_auroc
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.common import interval
+
 Candidates = Sequence[Mapping[str, Any]]
 Row = Mapping[str, Any]
 Strategy = Callable[[Candidates, str], float]
 SIZES = (1, 2, 4, 8)
-_DRAWS = 10_000
 
 
 def score_of(candidate: Mapping[str, Any], names: Sequence[str]) -> float:
@@ -67,14 +68,6 @@ def compare(rows: Sequence[Row], strategies: Mapping[str, Strategy], quality: st
 def _figures(values: NDArray[np.float64], chance: NDArray[np.float64]) -> dict[str, Any]:
     gain = interval(values - chance)
     return {**interval(values), "gain": gain, "beats_random": gain["low"] > 0}
-
-
-def interval(values: NDArray[np.float64]) -> dict[str, float]:
-    """Mean with its bootstrap 95 % interval."""
-    rng = np.random.default_rng(0)
-    draws = values[rng.integers(0, len(values), (_DRAWS, len(values)))].mean(axis=1)
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return {"value": float(values.mean()), "low": float(low), "high": float(high)}
 
 
 def within_auroc(rows: Sequence[Row], name: str, quality: str) -> float | None:

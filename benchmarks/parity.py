@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.common import machine
+from benchmarks.common import interval, machine
 from midstream.models.chat import ChatTokenizer
 from midstream.models.source import DEFAULT_MODEL
 from midstream.training.base_kv import BaseKV
@@ -219,17 +219,14 @@ def compare(alora: Sequence[dict[str, Any]], lora: Sequence[dict[str, Any]]) -> 
     """Accuracy of one less the other: mean of the seeds, paired bootstrap over the rows."""
     correct = [np.mean([_correct(run) for run in side], axis=0) for side in (alora, lora)]
     each = correct[0] - correct[1]
-    rng = np.random.default_rng(0)
-    draws = each[rng.integers(0, len(each), (10_000, len(each)))].mean(axis=1)
-    low, high = np.percentile(draws, [2.5, 97.5])
+    found = interval(each)
     # Sums of thirds of a row: rounded, so that a difference of exactly the margin is that.
-    value = round(float(each.mean()), 9)
+    value = round(found["value"], 9)
     return {
+        **found,
         "value": value,
-        "low": float(low),
-        "high": float(high),
         "within_margin": value >= -MARGIN,
-        "not_worse": bool(low >= -MARGIN),
+        "not_worse": found["low"] >= -MARGIN,
     }
 
 

@@ -13,17 +13,24 @@ def place_documents(chat: Chat) -> tuple[dict[str, Any], ...]:
 
     The chat's own documents belong to its last user turn. This one function serves training, evaluation and serving.
     """
-    last_user = max((i for i, m in enumerate(chat.messages) if m.role == "user"), default=None)
-    if chat.documents and last_user is None:
+    turns = (*settled(chat), *chat.appended)
+    return tuple({**m.extra, "role": m.role, "content": _content(m)} for m in turns)
+
+
+def settled(chat: Chat) -> tuple[Message, ...]:
+    """The messages, the chat's own documents in its last user turn. Raises InputError where there is none for them."""
+    if not chat.documents:
+        return chat.messages
+    last = max((i for i, message in enumerate(chat.messages) if message.role == "user"), default=None)
+    if last is None:
         raise InputError("documents need a user message to stand in")
-    return tuple(
-        {**m.extra, "role": m.role, "content": _content(m, chat.documents if i == last_user else ())}
-        for i, m in enumerate((*chat.messages, *chat.appended))
-    )
+    turn = chat.messages[last]
+    filled = turn.model_copy(update={"documents": (*turn.documents, *chat.documents)})
+    return (*chat.messages[:last], filled, *chat.messages[last + 1 :])
 
 
-def _content(message: Message, documents: tuple[Document, ...]) -> str:
-    parts = [_passage(i, document) for i, document in enumerate((*message.documents, *documents), 1)]
+def _content(message: Message) -> str:
+    parts = [_passage(i, document) for i, document in enumerate(message.documents, 1)]
     return "\n\n".join([*parts, message.content])
 
 

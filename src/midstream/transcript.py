@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from midstream.backend import Backend
+from midstream.documents import settled
 from midstream.errors import InputError
 from midstream.types import Chat, CompletionChoice, Message
 
@@ -34,7 +35,7 @@ class Transcript:
         """
         if chat.appended or chat.tools or chat.template_arguments:
             raise InputError("a transcript is made of messages and documents alone")
-        return await cls().add(backend, *_placed(chat))
+        return await cls().add(backend, *settled(chat))
 
     @property
     def chat(self) -> Chat:
@@ -115,18 +116,6 @@ class Transcript:
     def _extended(self, message: Message, tokens: tuple[int, ...], rendered: tuple[int, ...] | None) -> Transcript:
         messages, ends = (*self.messages, message), (*self.ends, len(tokens))
         return replace(self, messages=messages, tokens=tokens, ends=ends, _rendered=rendered)
-
-
-def _placed(chat: Chat) -> tuple[Message, ...]:
-    """The messages, the chat's own documents in its last user turn."""
-    if not chat.documents:
-        return chat.messages
-    last = max((i for i, message in enumerate(chat.messages) if message.role == "user"), default=None)
-    if last is None:
-        raise InputError("documents need a user message to stand in")
-    turn = chat.messages[last]
-    filled = turn.model_copy(update={"documents": (*turn.documents, *chat.documents)})
-    return (*chat.messages[:last], filled, *chat.messages[last + 1 :])
 
 
 async def _spoken(backend: Backend, answer: CompletionChoice) -> tuple[int, ...]:

@@ -174,7 +174,7 @@ def test_a_chat_file_goes_on(cli: Cli) -> None:
 
 
 def test_quality_is_plotted_against_tokens(cli: Cli, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="needs pip install 'midstream[eval]'")
     plot = tmp_path / "curve.png"
     cli.result(*cli.words("best-of-n"), *cli.model, "--plot", str(plot))
     assert plot.read_bytes().startswith(b"\x89PNG")

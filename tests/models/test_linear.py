@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from midstream.models.linear import AdapterLinear, DeltaContext, padded_rows
+from midstream.models.deltas import DeltaContext
+from midstream.models.linear import AdapterLinear, padded_rows
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs a torch that is built with oneDNN")
@@ -18,7 +19,7 @@ def test_packed_products_are_the_layers_own(rows: int, bias: bool) -> None:
     base = nn.Linear(24, 40, bias=bias)
     x = torch.randn(1, rows, 24)
     expected = base(x)
-    found = AdapterLinear(base, "layer", DeltaContext(), pack=True)(x)
+    found = AdapterLinear({"layer": base}, DeltaContext(), pack=True)(x)
     assert found.shape == expected.shape
     torch.testing.assert_close(found, expected)
 

@@ -27,9 +27,9 @@ from midstream.engine.request import Job, Outcome
 from midstream.engine.runner import Runner
 from midstream.engine.scheduler import Scheduler
 from midstream.errors import Cancelled, DeadlineExceeded, MidstreamError
-from midstream.models.attention import KVPool
 from midstream.models.chat import ChatTokenizer
 from midstream.models.load import LoadedModel, load_model
+from midstream.models.pool import KVPool
 from midstream.models.source import DEFAULT_MODEL
 from midstream.types import AdapterInfo, Chat, Completion, Delta, Request, Score
 

@@ -11,10 +11,10 @@ from midstream.adapters.weights import LoraWeights
 from midstream.engine.kv_tree import Node
 from midstream.engine.request import Branch
 from midstream.engine.step import Segment, Step
-from midstream.models.attention import ForwardPlan, KVPool
 from midstream.models.attention_plan import AttentionPlan, Range, RowSegment
-from midstream.models.linear import DeltaGroup
+from midstream.models.deltas import DeltaGroup
 from midstream.models.load import LoadedModel
+from midstream.models.pool import ForwardPlan, KVPool
 
 WeightsOf = Callable[[str], Mapping[str, LoraWeights]]
 
@@ -39,6 +39,7 @@ class Runner:
             self._loaded.dtype,
             device,
             step.num_tokens,
+            self._loaded.few_rows,
         )
         groups = [DeltaGroup(digest, a, b, self._weights_of(digest)) for digest, a, b in step.groups]
         self._loaded.deltas.set(groups)
@@ -49,7 +50,7 @@ class Runner:
                 use_cache=False,
                 # A step of nothing but prefill needs no logits; one row keeps every head's shape legal.
                 logits_to_keep=torch.tensor(rows or [0], device=device),
-                midstream_plan=ForwardPlan(attention, self._pool),
+                midstream_plan=ForwardPlan(attention, self._pool, self._loaded.kernels),
             )
         finally:
             self._loaded.deltas.set(())

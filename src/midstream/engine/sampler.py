@@ -29,19 +29,26 @@ def choose(logits: Tensor, params: SamplingParams, generator: torch.Generator | 
         return int(torch.argmax(logits))
     # In float64, and the largest at 0: any temperature above 0 then gives a distribution.
     scaled = (logits.double() - logits.max()) / params.temperature
-    values, order = torch.sort(scaled, descending=True)
-    probabilities = torch.softmax(values, dim=0)
-    keep = torch.ones_like(probabilities, dtype=torch.bool)
+    probabilities = _kept(torch.softmax(scaled, dim=0), params)
+    # Drawn in the order of the vocabulary: in that of likelihood, two tokens that are all but equally likely change
+    # places with the last bit of their logits, and with them what the same seed draws.
+    return int(torch.multinomial(probabilities.cpu(), 1, generator=generator))
+
+
+def _kept(probabilities: Tensor, params: SamplingParams) -> Tensor:
+    """Zero where top-k, top-p or min-p leaves a token out."""
+    if params.min_p > 0.0:
+        probabilities = torch.where(probabilities >= params.min_p * probabilities.max(), probabilities, 0.0)
+    if not params.top_k and params.top_p >= 1.0:
+        return probabilities
+    values, order = torch.sort(probabilities, descending=True)
+    keep = torch.ones_like(values, dtype=torch.bool)
     if params.top_k:
         keep[params.top_k :] = False
     if params.top_p < 1.0:
         # A token stays while the mass before it is below top_p, so that the first always stays.
-        keep &= torch.cumsum(probabilities, dim=0) - probabilities < params.top_p
-    if params.min_p > 0.0:
-        keep &= probabilities >= params.min_p * probabilities[0]
-    kept = torch.where(keep, probabilities, 0.0)
-    pick = torch.multinomial(kept.cpu(), 1, generator=generator)
-    return int(order[pick.to(order.device)])
+        keep &= torch.cumsum(values, dim=0) - values < params.top_p
+    return torch.zeros_like(probabilities).index_copy_(0, order, torch.where(keep, values, 0.0))
 
 
 def logprob_of(logits: Tensor, token: int, top: int) -> TokenLogprob:

@@ -1,4 +1,4 @@
-"""The attention function that transformers' models call: it writes new KV to the pool and attends over extents."""
+"""Attention over extents of the KV pool, and the function by which transformers' models call it."""
 
 from __future__ import annotations
 
@@ -8,57 +8,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from midstream.models.attention_plan import AttentionPlan, CausalCall, DenseCall, MaskedCall, Rows
+from midstream.models.attention_plan import AttentionPlan, CausalCall, DenseCall, MaskedCall
+from midstream.models.extents import ExtentCall, Rows
+from midstream.models.kernels import Kernels
+from midstream.models.pool import AttentionShape, ForwardPlan, ProbePool
 
 NAME = "midstream"
 
 # Keyword arguments that change attention's result in a way that this function does not implement.
 UNSUPPORTED = ("softcap", "s_aux", "position_bias", "indexer", "sinks")
-
-
-class KVPool:
-    """Keys and values of all layers: per layer [kv_heads, slots, head_dim], so that an extent is a strided view."""
-
-    def __init__(self, shapes: list[tuple[int, int]], num_slots: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.num_slots = num_slots
-        # Not zeroed: pages that no request has used yet take no memory.
-        self.keys = [torch.empty(h, num_slots, d, dtype=dtype, device=device) for h, d in shapes]
-        self.values = [torch.empty(h, num_slots, d, dtype=dtype, device=device) for h, d in shapes]
-
-    def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Put key and value [kv_heads, rows, head_dim] into `slots`; return the layer's whole keys and values."""
-        keys, values = self.keys[layer], self.values[layer]
-        keys.index_copy_(1, slots, key)
-        values.index_copy_(1, slots, value)
-        return keys, values
-
-    @staticmethod
-    def bytes_per_slot(shapes: list[tuple[int, int]], dtype: torch.dtype) -> int:
-        """Bytes of one token's keys and values over all layers."""
-        return sum(2 * heads * dim for heads, dim in shapes) * dtype.itemsize
-
-
-class ProbePool(KVPool):
-    """A pool for one sequence from slot 0 on, whose shapes the model itself shows at its first forward."""
-
-    def __init__(self) -> None:
-        super().__init__([], 0, torch.float32, torch.device("cpu"))
-        self.shapes: dict[int, tuple[int, int]] = {}
-
-    def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        if key.shape != value.shape:
-            shapes = f"keys {tuple(key.shape)} and values {tuple(value.shape)}"
-            raise RuntimeError(f"{shapes} of one layer differ in shape")
-        self.shapes[layer] = (key.shape[0], key.shape[2])
-        return key, value
-
-
-class ForwardPlan:
-    """What one forward needs beside its tokens; passed through the model as a keyword argument."""
-
-    def __init__(self, attention: AttentionPlan, pool: KVPool) -> None:
-        self.attention = attention
-        self.pool = pool
 
 
 def attention(
@@ -84,12 +42,32 @@ def attention(
         if kwargs.get(name) is not None:
             raise RuntimeError(f"attention with {name} is not implemented")
     layer: int = module.layer_idx  # type: ignore[assignment]
-    plan = midstream_plan.attention
-    keys, values = midstream_plan.pool.write(layer, plan.write_slots, key[0], value[0])
+    plan, pool = midstream_plan.attention, midstream_plan.pool
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if isinstance(pool, ProbePool):
+        pool.note(layer, AttentionShape(query.shape[1], key.shape[1], query.shape[3], scale, sliding_window))
+    keys, values = pool.write(layer, plan.write_slots, key[0], value[0])
+    out = attend(query[0], keys, values, plan, midstream_plan.kernels, scale, sliding_window)
+    return out.unsqueeze(0), None
+
+
+def attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    plan: AttentionPlan,
+    kernels: Kernels,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """Attend as the plan says: query [heads, rows, dim], keys, values [kv_heads, slots, dim] → [rows, heads, dim]."""
     merged = _Merged(plan.num_rows)
-    for call in plan.calls(sliding_window):
-        q = _select(query, call.rows)
+    for call in plan.calls(window):
+        if isinstance(call, ExtentCall):
+            out, lse = kernels.attend(query, keys, values, call, scale)
+            merged.add(call.rows, out.transpose(0, 1), lse)
+            continue
+        q = query[:, call.rows.selector]
         if isinstance(call, DenseCall):
             k = keys[:, call.start : call.start + call.length]
             v = values[:, call.start : call.start + call.length]
@@ -99,7 +77,7 @@ def attention(
         elif isinstance(call, MaskedCall):
             k, v = keys.index_select(1, call.slots), values.index_select(1, call.slots)
             merged.add(call.rows, *_grouped(q, k, v, call.mask, scale))
-    return merged.result(query).transpose(1, 2), None
+    return merged.result(query).transpose(0, 1)
 
 
 class _Merged:
@@ -133,12 +111,7 @@ class _Merged:
 
     def result(self, query: Tensor) -> Tensor:
         assert self._out is not None
-        return self._out.unsqueeze(0).to(query.dtype)
-
-
-def _select(query: Tensor, rows: Rows) -> Tensor:
-    """[1, heads, all rows, dim] → [heads, rows, dim]."""
-    return query[0][:, rows.selector]
+        return self._out.to(query.dtype)
 
 
 def _grouped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:

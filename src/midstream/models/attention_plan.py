@@ -3,6 +3,7 @@
 A row sees a set of pool ranges in full, and its own segment causally. Ranges are cut so that each is seen whole by
 some set of segments; ranges that touch and are seen by the same segments are joined; then
 
+- ranges that few rows see make one *extent* call, where there is a kernel that reads them where they lie;
 - a long range is one *dense* call for all rows that see it: rows that share a prefix read it once (cascade attention);
 - the causal part of a long segment is one *causal* call;
 - everything short is gathered into one *masked* call.
@@ -18,6 +19,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from midstream.models.extents import ExtentBuilder, ExtentCall, Rows, rows_of
 
 # Below this many tokens a range is gathered into the masked call: a call of its own costs more than the copy.
 SHORT_RANGE = 32
@@ -44,13 +47,6 @@ class RowSegment:
     seen: tuple[Range, ...]
 
 
-class Rows(NamedTuple):
-    """Rows of the batch: a slice where they are contiguous, else an index tensor."""
-
-    selector: slice | Tensor
-    total: int
-
-
 @dataclass(frozen=True, slots=True)
 class DenseCall:
     rows: Rows
@@ -74,17 +70,21 @@ class MaskedCall:
     mask: Tensor
 
 
-Call = DenseCall | CausalCall | MaskedCall
+Call = DenseCall | CausalCall | MaskedCall | ExtentCall
 
 
 @dataclass(slots=True)
 class AttentionPlan:
-    """The segments of a step, and for each sliding window (None: unlimited) the calls that serve them."""
+    """The segments of a step, and for each sliding window (None: unlimited) the calls that serve them.
+
+    Ranges that at most `few_rows` rows see go to an extent call; 0 where there is no kernel for them.
+    """
 
     segments: tuple[RowSegment, ...]
     dtype: torch.dtype
     device: torch.device
     num_rows: int
+    few_rows: int = 0
     write_slots: Tensor = field(init=False)
     _calls: dict[int | None, tuple[Call, ...]] = field(default_factory=dict)
 
@@ -97,8 +97,32 @@ class AttentionPlan:
         if window is not None and all(s.position + s.count <= window for s in self.segments):
             window = None
         if window not in self._calls:
-            self._calls[window] = self._full_calls() if window is None else self._window_calls(window)
+            self._calls[window] = self._make_calls(window)
         return self._calls[window]
+
+    def _make_calls(self, window: int | None) -> tuple[Call, ...]:
+        if window is not None:
+            return self._window_calls(window)
+        return self._extent_calls() if self.few_rows else self._full_calls()
+
+    # ------------------------------------------------------------------ with a kernel for few rows
+
+    def _extent_calls(self) -> tuple[Call, ...]:
+        few = ExtentBuilder()
+        calls: list[Call] = []
+        for r, users in _joined(self.segments):
+            rows = _numbers(users)
+            if len(rows) <= self.few_rows:
+                few.add(r.start, r.length, rows)
+            else:
+                calls.append(DenseCall(self._rows(users), r.start, r.length))
+        for s in self.segments:
+            if s.count > SHORT_SEGMENT:
+                calls.append(CausalCall(self._rows([s]), s.slot, s.count))
+            elif s.count > 1:
+                few.add(s.slot, s.count, _numbers([s]), causal=True)
+        call = few.call()
+        return tuple(calls) if call is None else (*calls, call)
 
     # ------------------------------------------------------------------ unlimited attention
 
@@ -139,10 +163,16 @@ class AttentionPlan:
     # ------------------------------------------------------------------ sliding windows
 
     def _window_calls(self, window: int) -> tuple[Call, ...]:
-        """One masked call per segment over the slots that its window reaches."""
+        """One masked call per segment over the slots that its window reaches; single rows in one extent call."""
         calls: list[Call] = []
+        few = ExtentBuilder()
         for segment in self.segments:
             first = segment.position - window + 1
+            if self.few_rows and segment.count == 1:
+                for r in segment.seen:
+                    skip = max(0, first - r.position)
+                    few.add(r.start + skip, max(0, r.length - skip), [segment.row])
+                continue
             own = Range(segment.slot, segment.count, segment.position)
             slots: list[int] = []
             positions: list[int] = []
@@ -155,7 +185,8 @@ class AttentionPlan:
             visible = (keys <= queries) & (keys > queries - window)
             mask = torch.zeros(visible.shape).masked_fill(~visible, float("-inf"))
             calls.append(self._masked_call([segment], slots, mask))
-        return tuple(calls)
+        call = few.call()
+        return tuple(calls) if call is None else (*calls, call)
 
     # ------------------------------------------------------------------ tensors
 
@@ -164,13 +195,12 @@ class AttentionPlan:
         return MaskedCall(self._rows(segments), index, mask.to(device=self.device, dtype=self.dtype))
 
     def _rows(self, segments: Sequence[RowSegment]) -> Rows:
-        ordered = sorted(segments, key=lambda s: s.row)
-        count = sum(s.count for s in ordered)
-        first, last = ordered[0].row, ordered[-1].row + ordered[-1].count
-        if last - first == count:
-            return Rows(slice(first, last), count)
-        rows = [row for s in ordered for row in range(s.row, s.row + s.count)]
-        return Rows(torch.tensor(rows, dtype=torch.long, device=self.device), count)
+        return rows_of(_numbers(sorted(segments, key=lambda s: s.row)), self.device)
+
+
+def _numbers(segments: Sequence[RowSegment]) -> list[int]:
+    """The rows of the batch that the segments have."""
+    return [row for s in segments for row in range(s.row, s.row + s.count)]
 
 
 def _cut(segment: RowSegment) -> list[Range]:

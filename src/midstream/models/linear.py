@@ -3,84 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from midstream.adapters.weights import LoraWeights
+from midstream.models.deltas import DeltaContext, Part
+from midstream.models.kernels import Kernels, TorchKernels
 
 # Rows that oneDNN is told to expect when it lays a weight out; a mid-sized step suits both ends.
 _EXPECTED_ROWS = 16
-
-
-@dataclass(frozen=True, slots=True)
-class DeltaGroup:
-    """Rows `start` … `end` of the batch belong to the adapter with these weights, by module path."""
-
-    digest: str
-    start: int
-    end: int
-    weights: Mapping[str, LoraWeights]
-
-    @property
-    def count(self) -> int:
-        return self.end - self.start
-
-
-@dataclass(slots=True)
-class DeltaContext:
-    """The adapter rows of the current forward; one object shared by all layers of a model, set by the runner."""
-
-    groups: tuple[DeltaGroup, ...] = ()
-    batched: bool = False
-    gather: Tensor | None = None
-    valid: Tensor | None = None
-    key: tuple[str, ...] = ()
-    stacks: dict[str, tuple[Tensor, Tensor] | None] = field(default_factory=dict)
-
-    def set(self, groups: Sequence[DeltaGroup]) -> None:
-        """Prepare a forward. Groups are contiguous in the batch, one after the other."""
-        self.groups = tuple(groups)
-        self.gather = self.valid = None
-        self.batched = False
-        if len(groups) < 2:
-            return
-        widest = max(group.count for group in groups)
-        total = sum(group.count for group in groups)
-        # One batched product pays while padding to the widest group costs less than the calls it saves.
-        self.batched = widest * len(groups) <= max(2 * total, 64)
-        if not self.batched:
-            return
-        key = tuple(group.digest for group in groups)
-        if key != self.key:
-            self.key, self.stacks = key, {}
-        if widest * len(groups) != total:
-            rows = [[min(g.start + i, g.end - 1) for i in range(widest)] for g in groups]
-            valid = [n * widest + i for n, g in enumerate(groups) for i in range(g.count)]
-            device = next(iter(groups[0].weights.values())).a.device
-            self.gather = torch.tensor(rows, device=device).flatten()
-            self.valid = torch.tensor(valid, device=device)
-
-    def stack(self, path: str) -> tuple[Tensor, Tensor] | None:
-        """A [groups, in, rank] and B [groups, rank, out] (scaled) of a module, ranks padded with zeros.
-
-        None where not every adapter of the step adapts the module.
-        """
-        if path not in self.stacks:
-            self.stacks[path] = self._make_stack(path)
-        return self.stacks[path]
-
-    def _make_stack(self, path: str) -> tuple[Tensor, Tensor] | None:
-        found = [group.weights.get(path) for group in self.groups]
-        weights = [w for w in found if w is not None]
-        if len(weights) < len(found):
-            return None
-        rank = max(w.a.shape[0] for w in weights)
-        a = torch.stack([F.pad(w.a, (0, 0, 0, rank - w.a.shape[0])).t() for w in weights])
-        b = torch.stack([F.pad(w.b * w.scale, (0, rank - w.b.shape[1])).t() for w in weights])
-        return a.contiguous(), b.contiguous()
 
 
 def padded_rows(rows: int) -> int:
@@ -96,24 +28,31 @@ def padded_rows(rows: int) -> int:
 
 
 class AdapterLinear(nn.Module):
-    """A linear layer of the base model plus the deltas of the step's adapters for the rows they own.
+    """Linear layers of the base model that read the same input, as one product, plus the step's adapters' deltas.
 
     On a CPU the weight is laid out once for oneDNN, which halves the time of products with few rows; the layer then
     has no plain weight any more.
     """
 
-    def __init__(self, base: nn.Linear, path: str, context: DeltaContext, *, pack: bool) -> None:
+    def __init__(
+        self, layers: Mapping[str, nn.Linear], context: DeltaContext, *, pack: bool, kernels: Kernels | None = None
+    ) -> None:
+        """`layers` by module path; their outputs stand side by side, in this order."""
         super().__init__()
-        self.path = path
         self.context = context
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self.bias = base.bias
+        self.kernels = kernels or TorchKernels()
+        self.parts = _parts(layers)
+        self.in_features = next(iter(layers.values())).in_features
+        self.out_features = sum(part.out for part in self.parts)
+        self.bias = _joined([layer.bias for layer in layers.values()], self.parts)
+        weight = _joined([layer.weight for layer in layers.values()], self.parts)
+        assert weight is not None
         self.packed: Tensor | None = None
         self.weight: Tensor | None = None
         if pack:
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(base.weight.detach(), _EXPECTED_ROWS)
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _EXPECTED_ROWS)
         else:
-            self.weight = base.weight
+            self.weight = weight
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., rows, in] → [..., rows, out]."""
@@ -123,7 +62,9 @@ class AdapterLinear(nn.Module):
             assert self.weight is not None
             y = F.linear(x, self.weight, self.bias)
         if self.context.groups:
-            self._add_deltas(x.reshape(-1, self.in_features), y.view(-1, self.out_features))
+            flat_x, flat_y = x.reshape(-1, self.in_features), y.view(-1, self.out_features)
+            if not self.kernels.add_deltas(flat_x, flat_y, self.context, self.parts):
+                self.context.add(flat_x, flat_y, self.parts)
         return y
 
     def _packed_product(self, x: Tensor, packed: Tensor) -> Tensor:
@@ -134,26 +75,24 @@ class AdapterLinear(nn.Module):
         y = torch.ops.mkldnn._linear_pointwise(x, packed, self.bias, "none", [], "")
         return y if padded == rows else y.narrow(-2, 0, rows)
 
-    def _add_deltas(self, x: Tensor, y: Tensor) -> None:
-        context = self.context
-        stack = context.stack(self.path) if context.batched else None
-        if stack is not None:
-            self._add_batched(x, y, *stack)
-            return
-        for group in context.groups:
-            weights = group.weights.get(self.path)
-            if weights is not None:
-                delta = F.linear(F.linear(x[group.start : group.end], weights.a), weights.b)
-                y[group.start : group.end].add_(delta, alpha=weights.scale)
 
-    def _add_batched(self, x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> None:
-        groups = self.context.groups
-        start, end = groups[0].start, groups[-1].end
-        rows = x[start:end] if self.context.gather is None else x.index_select(0, self.context.gather)
-        delta = torch.bmm(torch.bmm(rows.view(len(groups), -1, x.shape[-1]), a), b).flatten(0, 1)
-        if self.context.valid is not None:
-            delta = delta.index_select(0, self.context.valid)
-        y[start:end] += delta
+def _parts(layers: Mapping[str, nn.Linear]) -> tuple[Part, ...]:
+    parts: list[Part] = []
+    for path, layer in layers.items():
+        offset = parts[-1].offset + parts[-1].out if parts else 0
+        parts.append(Part(path, offset, layer.out_features))
+    return tuple(parts)
+
+
+def _joined(tensors: Sequence[Tensor | None], parts: Sequence[Part]) -> Tensor | None:
+    """Weights or biases one below the other; a missing bias beside others is zero."""
+    found = [tensor for tensor in tensors if tensor is not None]
+    if len(tensors) == 1 or not found:
+        return tensors[0]
+    filled = [
+        found[0].new_zeros(part.out) if tensor is None else tensor for tensor, part in zip(tensors, parts, strict=True)
+    ]
+    return torch.cat(filled).detach()
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
@@ -165,7 +104,18 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype == torch.float32
 
 
-def wrap_linears(model: nn.Module, context: DeltaContext, *, pack: bool) -> dict[str, tuple[int, int]]:
+def linear_shapes(module: nn.Module) -> dict[str, tuple[int, int]]:
+    """(out, in) of the linear layers below a module, by path."""
+    return {
+        path: (child.out_features, child.in_features)
+        for path, child in module.named_modules()
+        if type(child) is nn.Linear
+    }
+
+
+def wrap_linears(
+    model: nn.Module, context: DeltaContext, *, pack: bool, kernels: Kernels
+) -> dict[str, tuple[int, int]]:
     """Put an AdapterLinear in place of every nn.Linear but the output head; return their paths and (out, in).
 
     The head is only packed, and keeps its plain weight where it is the embedding too.
@@ -178,8 +128,8 @@ def wrap_linears(model: nn.Module, context: DeltaContext, *, pack: bool) -> dict
         name = path.rpartition(".")[2]
         if path == "lm_head":
             if pack:
-                setattr(parent, name, AdapterLinear(module, path, DeltaContext(), pack=True))
+                setattr(parent, name, AdapterLinear({path: module}, DeltaContext(), pack=True))
             continue
         shapes[path] = (module.out_features, module.in_features)
-        setattr(parent, name, AdapterLinear(module, path, context, pack=pack))
+        setattr(parent, name, AdapterLinear({path: module}, context, pack=pack, kernels=kernels))
     return shapes

@@ -11,11 +11,16 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from midstream.errors import ModelError
-from midstream.models.attention import NAME, ForwardPlan, ProbePool
+from midstream.models.attention import NAME
 from midstream.models.attention_plan import AttentionPlan, RowSegment
 from midstream.models.chat import ChatTokenizer
+from midstream.models.deltas import DeltaContext
+from midstream.models.fuse import Watched, few_rows, fuse_layers
 from midstream.models.fusions import fuse_norms
-from midstream.models.linear import DeltaContext, can_pack, wrap_linears
+from midstream.models.kernels import Kernels, TorchKernels
+from midstream.models.linear import can_pack, wrap_linears
+from midstream.models.native.kernels import pick_kernels
+from midstream.models.pool import AttentionShape, ForwardPlan, ProbePool
 from midstream.models.source import loading_bars, resolve
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -26,12 +31,17 @@ _PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.0
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A base model ready for the engine. `linear_shapes`: (out, in) of each adaptable layer by module path."""
+    """A base model ready for the engine. `linear_shapes`: (out, in) of each adaptable layer by module path.
+
+    `few_rows`: the most rows that share a range in an attention call that `kernels` serve.
+    """
 
     name: str
     model: nn.Module
     chat: ChatTokenizer
     deltas: DeltaContext
+    kernels: Kernels
+    few_rows: int
     linear_shapes: dict[str, tuple[int, int]]
     kv_shapes: list[tuple[int, int]]
     vocab_size: int
@@ -56,24 +66,32 @@ def load_model(
     return prepare(network.to(target), chat, name=Path(str(model)).stem if Path(model).exists() else str(model))
 
 
-def prepare(network: Any, chat: ChatTokenizer, *, name: str) -> LoadedModel:
-    """Make a transformers causal LM servable, or raise ModelError with the reason that it is not."""
+def prepare(network: Any, chat: ChatTokenizer, *, name: str, kernels: Kernels | None = None) -> LoadedModel:
+    """Make a transformers causal LM servable, or raise ModelError with the reason that it is not.
+
+    `kernels` None: the fastest for its type and device.
+    """
     network.eval()
     config = network.config.get_text_config()
     _refuse_known(config)
     device, dtype = network.device, network.dtype
-    kv_shapes = _probe(network, config)
-    network.set_attn_implementation(NAME)
+    kernels = kernels or pick_kernels(dtype, device)
+    watched = Watched(network)
+    attention = _probe(network, config, watched)
     deltas = DeltaContext()
+    pack = can_pack(dtype, device)
     with torch.inference_mode():
-        shapes = wrap_linears(network, deltas, pack=can_pack(dtype, device))
+        shapes = fuse_layers(network, watched, attention, deltas, kernels, pack=pack)
+        shapes |= wrap_linears(network, deltas, pack=pack, kernels=kernels)
     return LoadedModel(
         name=name,
         model=network,
         chat=chat,
         deltas=deltas,
+        kernels=kernels,
+        few_rows=few_rows(kernels, list(attention.values())),
         linear_shapes=shapes,
-        kv_shapes=kv_shapes,
+        kv_shapes=[(attention[layer].kv_heads, attention[layer].dim) for layer in sorted(attention)],
         vocab_size=config.vocab_size,
         max_context_tokens=int(getattr(config, "max_position_embeddings", 0) or 4096),
         dtype=dtype,
@@ -136,23 +154,24 @@ def _refuse_known(config: Any) -> None:
 
 
 @torch.inference_mode()
-def _probe(network: Any, config: Any) -> list[tuple[int, int]]:
+def _probe(network: Any, config: Any, watched: Watched) -> dict[int, AttentionShape]:
     """Run a few tokens as transformers has them, then with our attention and norms; refuse the model if they differ.
 
-    Returns each layer's (kv_heads, head_dim).
+    Returns how each layer attends, and notes what the watched ones did.
 
     This finds what no list of architectures can: layers that do not call the attention function, arguments that it
     does not implement, a plan that is not passed through.
     """
     ids = torch.arange(_PROBE_TOKENS, device=network.device) * 7 % config.vocab_size
-    reference = _logits(network, ids)
+    with watched.watching():
+        reference = _logits(network, ids)
     fuse_norms(network)
     network.set_attn_implementation(NAME)
     try:
         pool = ProbePool()
         segment = RowSegment(row=0, count=_PROBE_TOKENS, position=0, slot=0, seen=())
         plan = AttentionPlan((segment,), network.dtype, network.device, _PROBE_TOKENS)
-        ours = _logits(network, ids, midstream_plan=ForwardPlan(plan, pool))
+        ours = _logits(network, ids, midstream_plan=ForwardPlan(plan, pool, TorchKernels()))
     except (RuntimeError, TypeError, IndexError, KeyError, AttributeError) as error:
         raise ModelError(f"{config.model_type} cannot be served: {error}") from error
     missing = set(range(config.num_hidden_layers)) - set(pool.shapes)
@@ -167,7 +186,7 @@ def _probe(network: Any, config: Any) -> list[tuple[int, int]]:
             f"{config.model_type} cannot be served: its logits differ by {difference:.1e} (relative) from "
             "transformers' own; its attention does something that this engine does not implement"
         )
-    return [pool.shapes[layer] for layer in sorted(pool.shapes)]
+    return pool.shapes
 
 
 def _logits(network: Any, ids: Tensor, **kwargs: Any) -> Tensor:

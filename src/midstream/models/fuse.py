@@ -1,0 +1,111 @@
+"""Putting fused layers in the place of a model's own, each tried first on what that layer itself computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from midstream.models.attention_plan import AttentionPlan, RowSegment
+from midstream.models.deltas import DeltaContext
+from midstream.models.fusions import FusedRMSNorm
+from midstream.models.kernels import Kernels
+from midstream.models.layer import FusedLayer, is_common
+from midstream.models.linear import linear_shapes
+from midstream.models.pool import AttentionShape, ForwardPlan, KVPool
+
+# Largest difference from the layer's own output, relative to the largest number in it.
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
+
+
+class Seen(NamedTuple):
+    """What a layer got and gave in one forward: [1, rows, features] each."""
+
+    given: Tensor
+    position_embeddings: tuple[Tensor, Tensor]
+    result: Tensor
+
+
+class Watched:
+    """The layers of a model that could be fused, by path, and what each did in a forward."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers = {path: module for path, module in model.named_modules() if is_common(module)}
+        self.seen: dict[str, Seen] = {}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Note what the layers do meanwhile."""
+        handles = [
+            layer.register_forward_hook(self._hook(path), with_kwargs=True) for path, layer in self.layers.items()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, path: str) -> Any:
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            positions = kwargs.get("position_embeddings")
+            if len(args) == 1 and positions is not None and isinstance(output, Tensor):
+                self.seen[path] = Seen(args[0].clone(), positions, output.clone())
+
+        return note
+
+
+@torch.inference_mode()
+def fuse_layers(
+    model: nn.Module,
+    watched: Watched,
+    shapes: Mapping[int, AttentionShape],
+    context: DeltaContext,
+    kernels: Kernels,
+    *,
+    pack: bool,
+) -> dict[str, tuple[int, int]]:
+    """Swap each layer whose fused form gives what the layer gave; return the swapped linear layers' (out, in)."""
+    swapped: dict[str, tuple[int, int]] = {}
+    for path, seen in watched.seen.items():
+        layer: Any = watched.layers.pop(path)  # so that no two copies of all weights are alive
+        index = layer.self_attn.layer_idx
+        norms = (layer.input_layernorm, layer.post_attention_layernorm)
+        if not all(isinstance(norm, FusedRMSNorm) and norm.weight.dtype == seen.given.dtype for norm in norms):
+            continue
+        fused = FusedLayer(layer, path, index, shapes[index], context, kernels, pack=pack)
+        if not _agrees(fused, seen):
+            continue
+        swapped |= {f"{path}.{name}": shape for name, shape in linear_shapes(layer).items()}
+        parent = model.get_submodule(path.rpartition(".")[0])
+        setattr(parent, path.rpartition(".")[2], fused)
+    return swapped
+
+
+def _agrees(fused: FusedLayer, seen: Seen) -> bool:
+    """Whether the fused layer gives what the layer gave."""
+    given, shape = seen.given, fused.shape
+    rows = given.shape[1]
+    pool = KVPool([(shape.kv_heads, shape.dim)] * (fused.index + 1), rows, given.dtype, given.device)
+    segment = RowSegment(row=0, count=rows, position=0, slot=0, seen=())
+    few = few_rows(fused.kernels, [shape])
+    plan = AttentionPlan((segment,), given.dtype, given.device, rows, few)
+    try:
+        found = fused(
+            given.clone(),
+            position_embeddings=seen.position_embeddings,
+            midstream_plan=ForwardPlan(plan, pool, fused.kernels),
+        )
+    except RuntimeError:  # shapes that only look like the common ones
+        return False
+    difference = (found - seen.result).abs().max()
+    return bool(difference <= _TOLERANCE[given.dtype] * seen.result.abs().max())
+
+
+def few_rows(kernels: Kernels, shapes: list[AttentionShape]) -> int:
+    """The most rows that a range's extent call may have: their query heads are folded into the rows of a KV head."""
+    if not all(kernels.supports(shape.dim) for shape in shapes):
+        return 0
+    return min(kernels.few_queries * shape.kv_heads // shape.heads for shape in shapes)

@@ -1,0 +1,183 @@
+// Attention of few rows over extents of the KV pool. Every unit is a chunk of one range for one KV head: its keys are
+// read once for all rows that see it. The units' results are merged by their log-sum-exp.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "vector.h"
+
+// What one step's attention reads and writes. Ranges are cut into `chunks`; a chunk is seen by `count` rows, whose
+// numbers stand in `rows` from `first` on, and `partial` is the first of its places in the scratch memory. In a causal
+// chunk, row i of `count` sees all but the last `count - 1 - i` keys.
+struct Chunk {
+    int64_t start, length, first, count, causal, partial;
+};
+
+struct Attention {
+    const void* query;  // [heads, batch rows, dim]
+    const void* keys;   // [kv_heads, slots, dim]
+    const void* values;
+    void* out;       // [rows, heads, dim]
+    float* lse;      // [heads, rows]
+    float* scratch;  // [partials, heads, dim + 2]: accumulator, maximum, sum
+    const Chunk* chunks;
+    const int64_t* rows;         // of the chunks: rows of the batch
+    const int64_t* merge_first;  // by row: the first of its places in merge_partial; one more at the end
+    const int64_t* merge_partial;
+    int64_t num_chunks, num_rows, batch_rows, slots, heads, kv_heads, dim;
+    float scale;
+    int32_t threads;
+};
+
+constexpr int BLOCK = 64;  // keys whose scores are held at a time
+
+template <typename T, int DIM, int COUNT>
+inline void scores_of(const float (*query)[DIM], const T* keys, int length, float (*scores)[BLOCK]) {
+    constexpr int PARTS = DIM / LANES;
+    for (int k = 0; k < length; k++) {
+        vf total[COUNT] = {};
+        for (int p = 0; p < PARTS; p++) {
+            const vf key = load(keys + k * DIM + p * LANES);
+            for (int i = 0; i < COUNT; i++) total[i] += load(query[i] + p * LANES) * key;
+        }
+        for (int i = 0; i < COUNT; i++) scores[i][k] = sum(total[i]);
+    }
+}
+
+template <typename T, int DIM, int COUNT>
+inline void add_values(const float (*weights)[BLOCK], const T* values, int length, float (*result)[DIM]) {
+    constexpr int PARTS = DIM / LANES;
+    constexpr int WIDTH = PARTS % 4 == 0 ? 4 : PARTS % 3 == 0 ? 3 : 2;  // so that the accumulators fit the registers
+    for (int from = 0; from < PARTS; from += WIDTH) {
+        vf total[COUNT][WIDTH];
+        for (int i = 0; i < COUNT; i++)
+            for (int p = 0; p < WIDTH; p++) total[i][p] = load(result[i] + (from + p) * LANES);
+        for (int k = 0; k < length; k++)
+            for (int p = 0; p < WIDTH; p++) {
+                const vf value = load(values + k * DIM + (from + p) * LANES);
+                for (int i = 0; i < COUNT; i++) total[i][p] += weights[i][k] * value;
+            }
+        for (int i = 0; i < COUNT; i++)
+            for (int p = 0; p < WIDTH; p++) store(result[i] + (from + p) * LANES, total[i][p]);
+    }
+}
+
+// Scores to weights e^(score - maximum); what was summed under a smaller maximum before is scaled down.
+template <int DIM>
+inline void soften(float* scores, int length, float* result, float& maximum, float& total) {
+    for (int k = length; k < BLOCK; k++) scores[k] = -std::numeric_limits<float>::infinity();
+    vf highest = load(scores);
+    for (int k = LANES; k < BLOCK; k += LANES) highest = larger(highest, load(scores + k));
+    const float found = largest(highest);
+    if (found == -std::numeric_limits<float>::infinity()) {
+        std::memset(scores, 0, sizeof(float) * BLOCK);
+        return;
+    }
+    if (found > maximum) {
+        const float shrink = std::exp(maximum - found);
+        total *= shrink;
+        for (int d = 0; d < DIM; d += LANES) store(result + d, load(result + d) * shrink);
+        maximum = found;
+    }
+    vf sums = {};
+    for (int k = 0; k < BLOCK; k += LANES) {
+        const vf score = load(scores + k);
+        // The polynomial is cut off at e^-87, which is not the nothing that a hidden key weighs.
+        const vf weight = score == -std::numeric_limits<float>::infinity() ? vf{} : exponential(score - maximum);
+        store(scores + k, weight);
+        sums += weight;
+    }
+    total += sum(sums);
+}
+
+template <typename T, int DIM, int COUNT>
+void attend_tile(const Attention& a, const Chunk& chunk, int kv_head, int64_t first_query) {
+    const int group = int(a.heads / a.kv_heads);
+    alignas(64) float query[COUNT][DIM], result[COUNT][DIM] = {}, scores[COUNT][BLOCK];
+    float maximum[COUNT], total[COUNT] = {};
+    int64_t visible[COUNT];
+    for (int i = 0; i < COUNT; i++) {
+        const int64_t place = (first_query + i) / group, head = kv_head * group + (first_query + i) % group;
+        const T* from = (const T*)a.query + (head * a.batch_rows + a.rows[chunk.first + place]) * DIM;
+        for (int d = 0; d < DIM; d += LANES) store(query[i] + d, load(from + d) * a.scale);
+        maximum[i] = -std::numeric_limits<float>::infinity();
+        visible[i] = chunk.causal ? chunk.length - (chunk.count - 1 - place) : chunk.length;
+    }
+    const int64_t offset = (kv_head * a.slots + chunk.start) * DIM;
+    const T *keys = (const T*)a.keys + offset, *values = (const T*)a.values + offset;
+    for (int64_t at = 0; at < chunk.length; at += BLOCK) {
+        const int length = int(chunk.length - at < BLOCK ? chunk.length - at : BLOCK);
+        scores_of<T, DIM, COUNT>(query, keys + at * DIM, length, scores);
+        for (int i = 0; i < COUNT; i++) {
+            const int64_t seen = visible[i] - at;
+            soften<DIM>(scores[i], int(seen < 0 ? 0 : seen < length ? seen : length), result[i], maximum[i], total[i]);
+        }
+        add_values<T, DIM, COUNT>(scores, values + at * DIM, length, result);
+    }
+    for (int i = 0; i < COUNT; i++) {
+        const int64_t place = (first_query + i) / group, head = kv_head * group + (first_query + i) % group;
+        float* to = a.scratch + ((chunk.partial + place) * a.heads + head) * (DIM + 2);
+        std::memcpy(to, result[i], sizeof(float) * DIM);
+        to[DIM] = maximum[i];
+        to[DIM + 1] = total[i];
+    }
+}
+
+template <typename T, int DIM>
+void attend_chunk(const Attention& a, const Chunk& chunk, int kv_head) {
+    const int64_t queries = chunk.count * (a.heads / a.kv_heads);
+    int64_t at = 0;  // four query vectors fit the registers
+    for (; at + 4 <= queries; at += 4) attend_tile<T, DIM, 4>(a, chunk, kv_head, at);
+    if (queries - at == 3) attend_tile<T, DIM, 3>(a, chunk, kv_head, at);
+    if (queries - at == 2) attend_tile<T, DIM, 2>(a, chunk, kv_head, at);
+    if (queries - at == 1) attend_tile<T, DIM, 1>(a, chunk, kv_head, at);
+}
+
+template <typename T, int DIM>
+void merge(const Attention& a, int64_t row, int64_t head) {
+    const int64_t *from = a.merge_partial + a.merge_first[row], *end = a.merge_partial + a.merge_first[row + 1];
+    float maximum = -std::numeric_limits<float>::infinity(), total = 0;
+    for (const int64_t* p = from; p < end; p++) {
+        const float found = a.scratch[(*p * a.heads + head) * (DIM + 2) + DIM];
+        maximum = found > maximum ? found : maximum;
+    }
+    alignas(64) float result[DIM] = {};
+    for (const int64_t* p = from; p < end; p++) {
+        const float* partial = a.scratch + (*p * a.heads + head) * (DIM + 2);
+        if (partial[DIM + 1] == 0) continue;
+        const float weight = std::exp(partial[DIM] - maximum);
+        total += weight * partial[DIM + 1];
+        for (int d = 0; d < DIM; d += LANES) store(result + d, load(result + d) + weight * load(partial + d));
+    }
+    T* out = (T*)a.out + (row * a.heads + head) * DIM;
+    const float share = total > 0 ? 1 / total : 0;
+    for (int d = 0; d < DIM; d += LANES) store(out + d, load(result + d) * share);
+    a.lse[head * a.num_rows + row] = maximum + std::log(total);
+}
+
+template <typename T, int DIM>
+void attend_all(const Attention& a) {
+#pragma omp parallel num_threads(a.threads)
+    {
+#pragma omp for collapse(2) schedule(dynamic, 1)
+        for (int64_t c = 0; c < a.num_chunks; c++)
+            for (int64_t h = 0; h < a.kv_heads; h++) attend_chunk<T, DIM>(a, a.chunks[c], int(h));
+#pragma omp for collapse(2) schedule(static)
+        for (int64_t r = 0; r < a.num_rows; r++)
+            for (int64_t h = 0; h < a.heads; h++) merge<T, DIM>(a, r, h);
+    }
+}
+
+// False where there is no kernel for heads of this size.
+template <typename T>
+bool attend(const Attention& a) {
+    switch (a.dim) {
+        case 32: return attend_all<T, 32>(a), true;
+        case 64: return attend_all<T, 64>(a), true;
+        case 96: return attend_all<T, 96>(a), true;
+        case 128: return attend_all<T, 128>(a), true;
+        case 256: return attend_all<T, 256>(a), true;
+        default: return false;
+    }
+}

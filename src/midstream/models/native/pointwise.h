@@ -1,0 +1,104 @@
+// What stands between a layer's matrix products: norms, rotary positions, the gated activation.
+#pragma once
+
+#include <cmath>
+
+#include "vector.h"
+
+constexpr int64_t SERIAL = 1 << 15;  // numbers below which waking a second thread costs more than it saves
+
+// residual += alpha * update (where there is one); out = residual / rms(residual) * weight. All [rows, dim].
+struct Norm {
+    void* residual;
+    const void* update;
+    const void* weight;
+    void* out;
+    int64_t rows, dim;
+    float alpha, eps;
+    int32_t threads;
+};
+
+template <typename T>
+void add_norm(const Norm& n) {
+    const int64_t dim = n.dim;
+    const float alpha = n.alpha;
+    const T* weight = (const T*)n.weight;
+#pragma omp parallel for num_threads(n.threads) if (n.rows * dim > SERIAL) schedule(static)
+    for (int64_t r = 0; r < n.rows; r++) {
+        T *x = (T*)n.residual + r * dim, *y = (T*)n.out + r * dim;
+        const T* u = n.update ? (const T*)n.update + r * dim : nullptr;
+        const int64_t whole = dim / LANES * LANES;
+        vf squares = {};
+        float rest = 0;
+        for (int64_t d = 0; d < whole; d += LANES) {
+            if (u) store(x + d, load(x + d) + alpha * load(u + d));
+            const vf v = load(x + d);
+            squares += v * v;
+        }
+        for (int64_t d = whole; d < dim; d++) {
+            if (u) put(x + d, one(x + d) + alpha * one(u + d));
+            rest += one(x + d) * one(x + d);
+        }
+        const float scale = 1 / std::sqrt((sum(squares) + rest) / float(dim) + n.eps);
+        for (int64_t d = 0; d < whole; d += LANES) store(y + d, load(x + d) * scale * load(weight + d));
+        for (int64_t d = whole; d < dim; d++) put(y + d, one(x + d) * scale * one(weight + d));
+    }
+}
+
+// What one layer's rotary embedding reads and writes.
+struct Rotary {
+    const void* qkv;     // [rows, heads + 2 kv_heads, dim]: queries, keys, values
+    const void* cosine;  // [rows, dim], of a layout whose two halves are the same
+    const void* sine;
+    void* query;  // [heads, rows, dim]
+    void* keys;   // [kv_heads, slots, dim]
+    void* values;
+    const int64_t* write;  // by row: its slot
+    int64_t rows, heads, kv_heads, dim, slots;
+    int32_t threads;
+};
+
+template <typename T>
+inline void rotate(const T* from, const T* cosine, const T* sine, T* to, int64_t dim) {
+    const int64_t half = dim / 2;
+    for (int64_t d = 0; d < half; d += LANES) {
+        const vf a = load(from + d), b = load(from + half + d);
+        store(to + d, a * load(cosine + d) - b * load(sine + d));
+        store(to + half + d, b * load(cosine + half + d) + a * load(sine + half + d));
+    }
+}
+
+template <typename T>
+void rotate_and_write(const Rotary& r) {
+    const int64_t width = (r.heads + 2 * r.kv_heads) * r.dim;
+#pragma omp parallel for num_threads(r.threads) if (r.rows * width > SERIAL) schedule(static)
+    for (int64_t row = 0; row < r.rows; row++) {
+        const T* from = (const T*)r.qkv + row * width;
+        const T *cosine = (const T*)r.cosine + row * r.dim, *sine = (const T*)r.sine + row * r.dim;
+        for (int64_t h = 0; h < r.heads; h++, from += r.dim)
+            rotate(from, cosine, sine, (T*)r.query + (h * r.rows + row) * r.dim, r.dim);
+        for (int64_t h = 0; h < r.kv_heads; h++, from += r.dim)
+            rotate(from, cosine, sine, (T*)r.keys + (h * r.slots + r.write[row]) * r.dim, r.dim);
+        for (int64_t h = 0; h < r.kv_heads; h++, from += r.dim)
+            std::memcpy((T*)r.values + (h * r.slots + r.write[row]) * r.dim, from, sizeof(T) * r.dim);
+    }
+}
+
+// out = silu(gate) * up, of [rows, 2 width] that holds both side by side.
+template <typename T>
+void gated(const T* both, T* out, int64_t rows, int64_t width, int32_t threads) {
+    const int64_t whole = width / LANES * LANES;
+#pragma omp parallel for num_threads(threads) if (rows * width > SERIAL) schedule(static)
+    for (int64_t r = 0; r < rows; r++) {
+        const T *gate = both + 2 * r * width, *up = gate + width;
+        T* to = out + r * width;
+        for (int64_t d = 0; d < whole; d += LANES) {
+            const vf g = load(gate + d);
+            store(to + d, g / (exponential(-g) + 1.0f) * load(up + d));
+        }
+        for (int64_t d = whole; d < width; d++) {
+            const float g = one(gate + d);
+            put(to + d, g / (1 + std::exp(-g)) * one(up + d));
+        }
+    }
+}

@@ -1,0 +1,100 @@
+// Vectors of sixteen floats, by the compiler's own vector types: any processor, the widest registers that it has.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+typedef float vf __attribute__((vector_size(64)));
+typedef float vf8 __attribute__((vector_size(32)));
+typedef float vf4 __attribute__((vector_size(16)));
+typedef int32_t vi __attribute__((vector_size(64)));
+typedef uint32_t vu __attribute__((vector_size(64)));
+typedef uint16_t vh __attribute__((vector_size(32)));
+
+constexpr int LANES = 16;
+
+// A bfloat16 is the upper half of a float32.
+struct bf16 {
+    uint16_t bits;
+};
+
+inline vf load(const float* from) {
+    vf v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+}
+
+inline vf load(const bf16* from) {
+    vh half;
+    std::memcpy(&half, from, sizeof half);
+    const vu bits = __builtin_convertvector(half, vu) << 16;
+    return (vf)bits;
+}
+
+inline void store(float* to, vf v) { std::memcpy(to, &v, sizeof v); }
+
+// Rounds to nearest, ties to even, as torch does; a NaN stays one.
+inline void store(bf16* to, vf v) {
+    const vu bits = (vu)v;
+    const vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const vu quiet = (bits >> 16) | 0x40u;
+    const vu is_nan = (vu)(v != v);
+    const vh half = __builtin_convertvector((rounded & ~is_nan) | (quiet & is_nan), vh);
+    std::memcpy(to, &half, sizeof half);
+}
+
+inline float one(const float* from) { return *from; }
+
+inline float one(const bf16* from) {
+    const uint32_t bits = uint32_t(from->bits) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+inline void put(float* to, float value) { *to = value; }
+
+inline void put(bf16* to, float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    const bool is_nan = value != value;
+    to->bits = uint16_t(is_nan ? (bits >> 16) | 0x40u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+inline vf all(float value) { return value - vf{}; }
+
+inline float sum(vf v) {
+    const vf8 a = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+                  __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+    const vf4 b = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
+    const vf4 c = b + __builtin_shufflevector(b, b, 2, 3, 0, 1);
+    return c[0] + c[1];
+}
+
+inline vf larger(vf a, vf b) { return a > b ? a : b; }
+
+inline float largest(vf v) {
+    float found = v[0];
+    for (int i = 1; i < LANES; i++) found = v[i] > found ? v[i] : found;
+    return found;
+}
+
+// e^x for x <= some 88: x = n ln 2 + r, a polynomial in r of relative error below 2e-7, and n put into the exponent.
+inline vf exponential(vf x) {
+    const vf low = all(-87.0f), high = all(88.0f);
+    x = x < low ? low : x;
+    x = x > high ? high : x;
+    const vf n_float = x * 1.44269504088896341f;
+    const vi n = __builtin_convertvector(n_float + (n_float >= 0.0f ? all(0.5f) : all(-0.5f)), vi);
+    const vf whole = __builtin_convertvector(n, vf);
+    const vf r = (x - whole * 0.693359375f) - whole * -2.12194440e-4f;
+    vf p = all(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    const vi power = (n + 127) << 23;
+    return p * (vf)power;
+}

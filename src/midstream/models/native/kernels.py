@@ -79,6 +79,7 @@ class NativeKernels(TorchKernels):
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, call: ExtentCall, scale: float
     ) -> tuple[Tensor, Tensor]:
+        query = query.contiguous()  # transformers' own layers give it as a transposed view
         heads, _, dim = query.shape
         key = (heads, keys.shape, scale)
         prepared = call.prepared.get(key)
@@ -106,6 +107,7 @@ class NativeKernels(TorchKernels):
         owned = context.owned.get(factors.counts)
         if owned is None:
             owned = context.owned[factors.counts] = _owned(context, factors.counts)
+        x = x.contiguous()
         pointers = (x.data_ptr(), y.data_ptr(), ctypes.addressof(owned), ctypes.addressof(factors.table))
         deltas = structs.Deltas(*pointers, len(groups), x.shape[1], y.shape[1], torch.get_num_threads())
         self._add_deltas(byref(deltas), _TYPES[x.dtype])

@@ -93,7 +93,7 @@ void gated(const T* both, T* out, int64_t rows, int64_t width, int32_t threads) 
         const T *gate = both + 2 * r * width, *up = gate + width;
         T* to = out + r * width;
         for (int64_t d = 0; d < whole; d += LANES) {
-            const vf g = load(gate + d);
+            const vf g = larger(all(-87.0f), load(gate + d));  // below it silu is nothing, and e^-g no float
             store(to + d, g / (exponential(-g) + 1.0f) * load(up + d));
         }
         for (int64_t d = whole; d < width; d++) {

@@ -28,9 +28,6 @@ from midstream.types import AdapterInfo, Completion, Delta, Score, TokenLogprob
 
 log = logging.getLogger(__name__)
 
-# A forward of at least so many tokens counts as prefill.
-_PREFILL_ROWS = 32
-
 
 class StepRunner(Protocol):
     """What the core needs of the runner; the tests give it another."""
@@ -85,7 +82,6 @@ class EngineCore:
         self._jobs: dict[str, Job] = {}
         self._digests: dict[str, Adapter] = {}
         self.forwards = 0
-        self._prefill_s: float | None = None
 
     # ------------------------------------------------------------------ jobs
 
@@ -136,7 +132,7 @@ class EngineCore:
             log.exception("a forward failed")
             self._run_apart(step, runner)
             return True
-        self._time_prefill(step.num_tokens, time.perf_counter() - started)
+        self.scheduler.pace.note(step.num_tokens, time.perf_counter() - started)
         self.commit(step, logits)
         return True
 
@@ -173,12 +169,6 @@ class EngineCore:
                 log.exception("sampling failed")
                 self._end(branch.job, ForwardFailed(f"sampling for request {branch.job.request_id} failed: {error}"))
         self._settle(touched)
-
-    def _time_prefill(self, rows: int, seconds: float) -> None:
-        """Keep a moving mean of what a token of a long prefill costs; short steps measure something else."""
-        if rows >= _PREFILL_ROWS:
-            share = seconds / rows
-            self._prefill_s = share if self._prefill_s is None else 0.8 * self._prefill_s + 0.2 * share
 
     def _account(self, step: Step) -> None:
         jobs: dict[Job, None] = {}
@@ -353,7 +343,7 @@ class EngineCore:
             running=len(self.scheduler.running),
             queued=len(self.scheduler.waiting),
             forwards=self.forwards,
-            prefill_seconds_per_token=self._prefill_s,
+            prefill_seconds_per_token=self.scheduler.pace.seconds_per_token,
         )
 
     def cache_nodes(self, scope: str | None, limit: int) -> list[CacheNode]:

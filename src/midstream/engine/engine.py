@@ -22,6 +22,7 @@ from midstream.engine.core import CacheNode, EngineCore, EngineStats
 from midstream.engine.kv_tree import KVTree
 from midstream.engine.loop import EngineLoop
 from midstream.engine.output import OutputWriter
+from midstream.engine.pace import Pace
 from midstream.engine.reader import RequestReader
 from midstream.engine.request import Job, Outcome
 from midstream.engine.runner import Runner
@@ -49,7 +50,12 @@ class AsyncEngine:
         tree = KVTree(_num_slots(config, per_slot, self._max_context, loaded.device))
         self._core = EngineCore(
             tree=tree,
-            scheduler=Scheduler(tree, max_step_tokens=config.max_step_tokens, max_running=config.max_running_sequences),
+            scheduler=Scheduler(
+                tree,
+                max_step_tokens=config.max_step_tokens,
+                max_running=config.max_running_sequences,
+                pace=Pace(config.shared_step_s),
+            ),
             registry=AdapterRegistry(config.adapter_budget_bytes),
             writer=OutputWriter(loaded.chat.decode, loaded.chat.eos_token_ids, loaded.chat.token_text),
             max_queued=config.max_queued_requests,

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from midstream.engine.kv_tree import KVTree, Node, OutOfSlots
+from midstream.engine.pace import Pace
 from midstream.engine.request import Branch, Job
 from midstream.engine.step import Harvest, Segment, Step
 
@@ -28,11 +29,13 @@ class Scheduler:
     """Admission in arrival order, then continuous batching with chunked prefill.
 
     Slots for a branch's whole life (prompt and `max_tokens`) are reserved at admission, so a running branch is
-    never preempted: pressure on memory delays admission and nothing else.
+    never preempted: pressure on memory delays admission and nothing else. Where decoding and short branches share a
+    step with a long prefill, `pace` bounds its part.
     """
 
-    def __init__(self, tree: KVTree, *, max_step_tokens: int, max_running: int) -> None:
+    def __init__(self, tree: KVTree, *, max_step_tokens: int, max_running: int, pace: Pace) -> None:
         self.tree = tree
+        self.pace = pace
         self.waiting: deque[Branch] = deque()
         self.running: list[Branch] = []
         self._max_step_tokens = max_step_tokens
@@ -90,20 +93,25 @@ class Scheduler:
 
     def _plan(self, running: Sequence[Branch]) -> list[_Piece]:
         planned: dict[Node, int] = {}
-        pieces: list[_Piece] = []
-        budget = self._max_step_tokens
+        most = self._max_step_tokens
         short, long = _by_length(running)
-        for branches, share in ((short, SHORT_SHARE if long else 1.0), (long, 1.0)):
-            limit = budget - int(self._max_step_tokens * (1 - share))
-            for branch in branches:
-                if limit <= 0:
-                    break
-                new = _plan_branch(branch, planned, limit)
-                used = sum(piece.count for piece in new)
-                limit -= used
-                budget -= used
-                pieces.extend(new)
-        return pieces
+        if not (short and long):
+            return _fill(short or long, planned, most)
+        first = _fill(short, planned, most - int(most * (1 - SHORT_SHARE)))
+        left = most - sum(piece.count for piece in first)
+        return first + _fill(long, planned, min(left, self.pace.tokens(most)))
+
+
+def _fill(branches: Sequence[Branch], planned: dict[Node, int], limit: int) -> list[_Piece]:
+    """The next tokens of the branches, in their order, at most `limit` of them."""
+    pieces: list[_Piece] = []
+    for branch in branches:
+        if limit <= 0:
+            break
+        new = _plan_branch(branch, planned, limit)
+        limit -= sum(piece.count for piece in new)
+        pieces.extend(new)
+    return pieces
 
 
 def _by_length(running: Sequence[Branch]) -> tuple[list[Branch], list[Branch]]:

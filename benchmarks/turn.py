@@ -35,6 +35,7 @@ from benchmarks.turn_play import PHASES, Comparison, Played, play, recomputed
 from benchmarks.turn_script import INTRINSICS, REQUIREMENT, Lengths, Script, read_rows, write_script
 from benchmarks.turn_sides import EngineSide, PeftSide, Side, plain_copies
 from midstream.config import EngineConfig
+from midstream.engine.apart import apart
 from midstream.library import library_folder
 from midstream.models.source import DEFAULT_MODEL, resolve
 from midstream.session import Engine
@@ -54,7 +55,8 @@ def main() -> None:
         sides = engine_sides(engine, folders, Path(folder))
         if arguments.peft_rounds:
             aio = engine.aio
-            sides.append(PeftSide(resolve(DEFAULT_MODEL), folders, aio.chat.encode, aio._loaded.dtype))
+            model = resolve(DEFAULT_MODEL)
+            sides.append(apart(lambda: PeftSide(model, folders, aio.chat.encode, aio._loaded.dtype)))
         scripts = choose(engine, read_rows(arguments.data), arguments)
         report = measure(engine, sides, scripts, arguments.rounds, arguments.peft_rounds, check=not arguments.unchecked)
         report["kv_budget_bytes"] = engine.stats().kv_total_bytes

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from benchmarks.turn_script import Call
+from midstream.engine.apart import apart
 from midstream.session import Engine
 from midstream.types import Choice, Request, SamplingParams
 
@@ -107,6 +108,9 @@ class PeftSide:
         self._cache, self._cached = DynamicCache(), ()
 
     async def run(self, call: Call) -> Answer:
+        return apart(lambda: self._answer(call))  # a team of this thread's own would slow the engine's sides
+
+    def _answer(self, call: Call) -> Answer:
         if call.adapter is None:
             return self._base(call)
         self._model.set_adapter(call.adapter)

@@ -326,7 +326,7 @@ async def first_answer(engine: AsyncEngine) -> str:
 
 async def test_an_end_that_is_not_the_templates_gives_way_to_the_one_that_is() -> None:
     chat = tiny_chat()
-    params = SamplingParams(max_tokens=8, temperature=0.7, seed=1)
+    params = SamplingParams(max_tokens=8, temperature=0.7, seed=4)  # one whose text is tokenized as it was written
     plain = engine_of(chat)
     start = await Transcript().add(plain, user("a"))
     _, completion = await answer(plain, start, params)

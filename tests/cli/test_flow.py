@@ -59,9 +59,9 @@ VERBS: dict[str, tuple[tuple[str, ...], str, dict[str, Any]]] = {
         {"requirements": ["Be short."], "settings": {"unmet": "flag", "eager": True, "params": {"max_tokens": 12}}},
     ),
     "agent": (
-        ("--max-steps", "1", "--temperature", "0.5"),
+        ("--max-steps", "1", "--temperature", "0.8"),
         "agent",
-        {"tools": ["calculator"], "settings": {"max_steps": 1, "temperature": 0.5}},
+        {"tools": ["calculator"], "settings": {"max_steps": 1, "temperature": 0.8}},
     ),
 }
 

@@ -135,8 +135,9 @@ async def test_after_any_outcome_the_next_turn_reuses_the_conversation(engine: A
     second = replace(second, calls=tuple(call for call in second.calls if isinstance(call.outcome, Completion)))
     third = await rag_turn(engine, second.transcript, "Why?", Shelf(EDDYSTONE), EVERY_STEP, run=Run(seed=3))
     assert third.error is None
-    assert second.usage.computed_tokens == needed(tree, second)
-    assert third.usage.computed_tokens <= needed(tree, third), "a call that was cancelled has left some KV, too"
+    # A call that a refusal cancelled may have computed what others share; what it leaves is there for all.
+    assert second.usage.computed_tokens <= needed(tree, second)
+    assert third.usage.computed_tokens <= needed(tree, third)
 
 
 async def test_all_that_is_reused_is_as_from_scratch(engine: AsyncEngine) -> None:

@@ -231,6 +231,21 @@ def test_nothing_of_the_old_layers_stays() -> None:
     assert sum(isinstance(m, AdapterLinear) for m in loaded.model.model.modules()) == 4 * 3
 
 
+def test_no_two_copies_of_all_layers_are_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network(*FUSED["llama"])
+    layers = [weakref.ref(layer) for layer in model.model.layers]
+    alive = []
+
+    class Noted(FusedLayer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            alive.append(sum(layer() is not None for layer in layers))
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setattr("midstream.models.fuse.FusedLayer", Noted)
+    prepare(model, tiny_chat(), name="tiny")
+    assert alive == [3, 2, 1]
+
+
 @needs_compiler
 @pytest.mark.parametrize("name", ["llama", "granite"])
 async def test_bfloat16_follows_float32(name: str) -> None:

@@ -127,6 +127,7 @@ def test_a_compiler_that_makes_something_else(
 ) -> None:
     compiler('echo "not a library" > "$out"')
     assert_torch_serves(caplog, "WARNING", "the kernels cannot be compiled")
+    assert files(cache) == []
 
 
 def test_a_compiler_that_knows_no_native_processor(

@@ -68,6 +68,7 @@ def _compile(compiler: str, native: str, target: Path) -> None:
     os.close(handle)
     try:
         _run([compiler, *_FLAGS, native, str(_HERE / "kernels.cpp"), "-o", name])
+        ctypes.PyDLL(name)  # what is no library is not kept
         os.replace(name, target)  # so that nobody sees a half-written one
     finally:
         with contextlib.suppress(FileNotFoundError):

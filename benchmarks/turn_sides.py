@@ -129,7 +129,7 @@ class PeftSide:
         # At least the last prompt token is computed, for its logits.
         same = _common(self._cached, call.prompt[:-1])
         if same < len(self._cached):
-            self._cache.crop(same)
+            self._cache.crop(same - len(self._cached))  # negative: so many tokens less
         with self._model.disable_adapter():
             tokens = self._generate(call.prompt, call.tokens, cache=self._cache)
         self._cached = (*call.prompt, *tokens[:-1])

@@ -2,8 +2,9 @@
 
 Each side runs in a process of its own, and only one of them computes at a time. Peers are taken one by one, each beside
 a midstream of its own, in turns, round after round. Before anything is timed, both answer the same questions in
-float32; where a token or a log-probability differs, nothing is timed. In the timed format, where near ties fall otherwise,
-differences are counted. A peer that cannot be had is reported with the reason, and so is all that was left out.
+float32; where a token or a log-probability differs, nothing is timed. In the timed format, where near ties fall
+otherwise, differences are counted. A peer that cannot be had is reported with the reason, and so is all that was left
+out.
 
 Peers: peft (an adapter reads the whole prompt at each call), peft:cache (its caller copies the base model's KV for it),
 llama.cpp (or :BF16, :F16, :F32, :Q8_0), vllm (with plain LoRA), vllm:compiled (the base model alone).
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -79,21 +80,16 @@ class Plan:
 
 
 def main() -> None:
-    arguments = _parser().parse_args()
+    arguments = make_parser().parse_args()
     machine = measure_machine(arguments.threads)
     report = Report()
     with tempfile.TemporaryDirectory() as scratch:
         plan = make_plan(arguments, Path(scratch))
         for peer in arguments.peers:
-            try:
-                compare(plan, peer, report)
-            except Absent as error:
-                report.miss(peer, str(error))
-            except WorkerError as error:
-                report.leave_out(peer, "all that is not in the rows", str(error))
+            attempt(plan, peer, report)
     machine["load_average_after"] = round(os.getloadavg()[0], 2)
     settings = {name: getattr(arguments, name) for name in ("threads", "dtype", "rounds", "chat_rounds", "kv_mib")}
-    whole = {"machine": machine, "settings": settings} | {key: getattr(report, key) for key in Report.__slots__}
+    whole = as_dict(report, machine, settings)
     write(arguments.json, whole)
     text = markdown(whole)
     print(text)
@@ -103,7 +99,7 @@ def main() -> None:
         draw(whole, arguments.png)
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", type=_peers, default=_peers("peft,llama.cpp,vllm"))
     parser.add_argument("--work", type=_works, default=WORKS, help=",".join(WORKS))
@@ -176,6 +172,21 @@ def make_plan(arguments: argparse.Namespace, scratch: Path) -> Plan:
         rounds=arguments.rounds,
         chat_rounds=arguments.chat_rounds or arguments.rounds,
     )
+
+
+def as_dict(report: Report, machine: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What is written as JSON."""
+    return {"machine": machine, "settings": settings, **asdict(report)}
+
+
+def attempt(plan: Plan, peer: Peer, report: Report) -> None:
+    """Compare with one peer. Whatever keeps it from being compared is in the report afterwards."""
+    try:
+        compare(plan, peer, report)
+    except Absent as error:
+        report.miss(peer, str(error))
+    except WorkerError as error:
+        report.leave_out(peer, "all that is not in the rows", str(error))
 
 
 def compare(plan: Plan, peer: Peer, report: Report) -> None:

@@ -50,7 +50,7 @@ class PeftSide:
         if start < len(prompts[0]):
             with torch.inference_mode(), self._model.disable_adapter():
                 ids = torch.tensor([prompt[start:] for prompt in prompts])
-                self._model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+                self._model(input_ids=ids, cache=self._cache, use_cache=True, logits_to_keep=1)
         self._cached = tuple(prompts)
 
     def run(self, calls: Sequence[Call], logprobs: bool) -> list[Answer]:
@@ -100,7 +100,7 @@ class PeftSide:
     def _generate(self, calls: Sequence[Call], cache: Any, computed: int, logprobs: bool) -> list[Answer]:
         label = calls[0].label
         prompts = [(*call.prompt, *(label.opening if label else ())) for call in calls]
-        more: dict[str, Any] = {"past_key_values": cache} if cache is not None else {}
+        more: dict[str, Any] = {"cache": cache} if cache is not None else {}
         if label:
             allowed = list(label.parting)
             more["prefix_allowed_tokens_fn"] = lambda _batch, _ids: allowed

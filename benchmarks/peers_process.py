@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -76,10 +77,12 @@ class Worker:
             self._process.stdin.write(json.dumps({"op": op, **fields}) + "\n")
             self._process.stdin.flush()
             line = self._lines.get(timeout=self._timeout_s)
-        except (BrokenPipeError, queue.Empty) as error:
-            raise WorkerError(f"{op}: {self._why_silent()}") from error
+        except queue.Empty as error:
+            raise WorkerError(f"{op}: no answer within {self._timeout_s:g} s") from error
+        except BrokenPipeError:
+            line = ""
         if not line:
-            raise WorkerError(f"{op}: {self._why_silent()}")
+            raise WorkerError(f"{op}: {self._last_words()}")
         reply = json.loads(line)
         if "absent" in reply:
             raise Absent(reply["absent"])
@@ -101,7 +104,10 @@ class Worker:
         try:
             self._process.wait(timeout=60)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            # Its children would outlive it.
+            for pid in reversed(_descendants(self._process.pid)):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             self._process.wait()
         self._reader.join(timeout=10)
         self._process.stdout.close()
@@ -120,11 +126,8 @@ class Worker:
             self._lines.put(line)
         self._lines.put("")
 
-    def _why_silent(self) -> str:
-        try:
-            code = self._process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            return f"no answer within {self._timeout_s:.0f} s"
+    def _last_words(self) -> str:
+        code = self._process.wait()
         words = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-_LAST_WORDS:]
         return f"the worker ended with {code}: {' / '.join(words) or 'without a word'}"
 

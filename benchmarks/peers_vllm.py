@@ -14,7 +14,10 @@ _RANK = 16
 
 
 class VllmSide:
-    """All calls at once: vLLM batches them itself."""
+    """Calls of one adapter are one batch, and the adapters come one after the other.
+
+    Stock vLLM takes two to three times as long for six adapters in one batch: its CPU kernel gathers weights per token.
+    """
 
     _llm: Any = None
 
@@ -50,16 +53,24 @@ class VllmSide:
         self.run([Call(None, prompt, 1) for prompt in prompts], False)
 
     def run(self, calls: Sequence[Call], logprobs: bool) -> list[Answer]:
-        outputs = self._llm.generate(
-            [{"prompt_token_ids": [*call.prompt, *(call.label.opening if call.label else ())]} for call in calls],
-            [self._sampling(call, logprobs) for call in calls],
-            lora_request=[None if call.adapter is None else self._adapters[call.adapter] for call in calls],
-            use_tqdm=False,
-        )
-        return [_answer(output) for output in outputs]
+        found: dict[int, Answer] = {}
+        for adapter in dict.fromkeys(call.adapter for call in calls):
+            numbers = [number for number, call in enumerate(calls) if call.adapter == adapter]
+            batch = self._batch([calls[number] for number in numbers], adapter, logprobs)
+            found.update(zip(numbers, batch, strict=True))
+        return [found[number] for number in range(len(calls))]
 
     def close(self) -> None:
         self._llm = None
+
+    def _batch(self, calls: Sequence[Call], adapter: str | None, logprobs: bool) -> list[Answer]:
+        outputs = self._llm.generate(
+            [{"prompt_token_ids": [*call.prompt, *(call.label.opening if call.label else ())]} for call in calls],
+            [self._sampling(call, logprobs) for call in calls],
+            lora_request=None if adapter is None else self._adapters[adapter],
+            use_tqdm=False,
+        )
+        return [_answer(output) for output in outputs]
 
     def _sampling(self, call: Call, logprobs: bool) -> Any:
         return self._params(

@@ -88,6 +88,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     """Each row's ratio with its quartiles, one mark a peer, on a logarithmic axis."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     rows = report["rows"]
     names = list(dict.fromkeys(f"{row['work']}, {row['context']}" for row in rows))
@@ -104,11 +105,14 @@ def draw(report: dict[str, Any], path: Path) -> None:
         axes.errorbar(ratios, heights, xerr=[low, high], fmt=mark, capsize=2, markersize=5, label=peer)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.grid(axis="x", which="both", alpha=0.3)
     axes.set_xlabel("peer's time / midstream's (right of 1: midstream is ahead)")
     if rows:
-        axes.legend()
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

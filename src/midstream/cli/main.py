@@ -8,7 +8,7 @@ from typing import NoReturn
 import typer
 from typer.exceptions import TyperException
 
-from midstream.cli import adapters, call, chat, complete, demo, eval, flow, models, sample, serve, train
+from midstream.cli import adapters, bench, call, chat, complete, demo, eval, flow, models, sample, serve, train
 from midstream.errors import InputError, MidstreamError
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app.command()(call.call)
 app.command()(train.train)
 app.command("eval")(eval.evaluate)
 app.command()(sample.sample)
+app.command()(bench.bench)
 app.command("serve")(serve.command())
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(models.app, name="models")

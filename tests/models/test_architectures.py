@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import copy
 from typing import Any
 
 import pytest
@@ -12,8 +12,9 @@ import transformers as tf
 from midstream.errors import ModelError
 from midstream.models.attention import attend_by_definition
 from midstream.models.load import prepare
-from midstream.types import Request, SamplingParams
+from midstream.types import Request
 from tests.helpers import tiny_model
+from tests.models.served import check
 from tests.reference import logits
 from tests.tiny import tiny_chat, tiny_engine
 
@@ -73,24 +74,7 @@ def network(name: str) -> Any:
 @pytest.mark.parametrize("step_tokens", [11, 512])
 async def test_equal_to_transformers_through_prefill_reuse_branches_and_decode(name: str, step_tokens: int) -> None:
     model = network(name)
-    prefix = tuple((13 * i + 5) % 310 + 4 for i in range(70))
-    branches = [prefix + tuple(range(k, k + 4 + k // 20)) for k in (20, 60, 200)]
-    engine = tiny_engine(model, max_step_tokens=step_tokens)
-    try:
-        await engine.warm(prefix)
-        params = SamplingParams(max_tokens=8, ignore_eos=True, logprobs=True, top_logprobs=5)
-        answers = await asyncio.gather(*(engine.complete(Request(prompt=p, params=params)) for p in branches))
-        for prompt, answer in zip(branches, answers, strict=True):
-            assert answer.usage.cached_tokens == len(prefix)
-            table = logits(model, [*prompt, *answer.token_ids]).log_softmax(-1)
-            assert answer.choices[0].logprobs is not None
-            for i, found in enumerate(answer.choices[0].logprobs):
-                row = table[len(prompt) - 1 + i]
-                assert found.token_id == int(row.argmax())
-                assert all(abs(float(row[other.token_id]) - other.logprob) < 1e-3 for other in found.top)
-        await engine.check_integrity()
-    finally:
-        await engine.aclose()
+    await check(model, prepare(copy.deepcopy(model), tiny_chat(), name=name), step_tokens)
 
 
 REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {

@@ -19,7 +19,8 @@ from midstream.models.kernels import TorchKernels
 from midstream.models.native import build, kernels
 from midstream.models.native.kernels import NativeKernels, pick_kernels
 from tests.models.native import needs_compiler
-from tests.models.test_fused_layers import FUSED, check, fused, made, network
+from tests.models.served import check
+from tests.models.test_fused_layers import FUSED, fused, made, network
 
 CPU = torch.device("cpu")
 # A compiler that answers questions about itself, and when told to compile does what a test wants of it.

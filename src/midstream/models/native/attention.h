@@ -5,6 +5,10 @@
 #include <cmath>
 #include <limits>
 
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
 #include "vector.h"
 
 // What one step's attention reads and writes. Ranges are cut into `chunks`; a chunk is seen by `count` rows, whose
@@ -32,16 +36,59 @@ struct Attention {
 
 constexpr int BLOCK = 64;  // keys whose scores are held at a time
 
-template <typename T, int DIM, int COUNT>
-inline void scores_of(const float (*query)[DIM], const T* keys, int length, float (*scores)[BLOCK]) {
-    constexpr int PARTS = DIM / LANES;
-    for (int k = 0; k < length; k++) {
-        vf total[COUNT] = {};
-        for (int p = 0; p < PARTS; p++) {
-            const vf key = load(keys + k * DIM + p * LANES);
-            for (int i = 0; i < COUNT; i++) total[i] += load(query[i] + p * LANES) * key;
+// A query vector, and its products with a key, lane by lane.
+template <typename T, int DIM>
+struct Query {
+    alignas(64) float numbers[DIM];
+
+    void read(const T* from) {
+        for (int d = 0; d < DIM; d += LANES) store(numbers + d, load(from + d));
+    }
+
+    template <int COUNT>
+    static inline void multiply(const Query* queries, const T* key, vf* total) {
+        for (int d = 0; d < DIM; d += LANES) {
+            const vf part = load(key + d);
+            for (int i = 0; i < COUNT; i++) total[i] += load(queries[i].numbers + d) * part;
         }
-        for (int i = 0; i < COUNT; i++) scores[i][k] = sum(total[i]);
+    }
+};
+
+#ifdef __AVX512BF16__
+// The processor multiplies pairs of bfloat16 and adds them up in float32.
+template <int DIM>
+struct Query<bf16, DIM> {
+    alignas(64) bf16 numbers[DIM];
+
+    void read(const bf16* from) { std::memcpy(numbers, from, sizeof numbers); }
+
+    template <int COUNT>
+    static inline void multiply(const Query* queries, const bf16* key, vf* total) {
+        for (int d = 0; d < DIM; d += 2 * LANES) {
+            const __m512bh part = (__m512bh)_mm512_loadu_si512(key + d);
+            for (int i = 0; i < COUNT; i++)
+                total[i] = (vf)_mm512_dpbf16_ps((__m512)total[i],
+                                                (__m512bh)_mm512_load_si512(queries[i].numbers + d), part);
+        }
+    }
+};
+#endif
+
+template <typename T, int DIM, int COUNT>
+inline void scores_of(const Query<T, DIM>* queries, const T* keys, int length, float scale, float (*scores)[BLOCK]) {
+    int k = 0;
+    for (; k + 4 <= length; k += 4) {
+        vf total[4][COUNT] = {};
+        for (int j = 0; j < 4; j++) Query<T, DIM>::template multiply<COUNT>(queries, keys + (k + j) * DIM, total[j]);
+        for (int i = 0; i < COUNT; i++) {
+            const vf4 found = sums(total[0][i], total[1][i], total[2][i], total[3][i]) * scale;
+            std::memcpy(scores[i] + k, &found, sizeof found);
+        }
+    }
+    for (; k < length; k++) {
+        vf total[COUNT] = {};
+        Query<T, DIM>::template multiply<COUNT>(queries, keys + k * DIM, total);
+        for (int i = 0; i < COUNT; i++) scores[i][k] = sum(total[i]) * scale;
     }
 }
 
@@ -94,13 +141,13 @@ inline void soften(float* scores, int length, float* result, float& maximum, flo
 template <typename T, int DIM, int COUNT>
 void attend_tile(const Attention& a, const Chunk& chunk, int kv_head, int64_t first_query) {
     const int group = int(a.heads / a.kv_heads);
-    alignas(64) float query[COUNT][DIM], result[COUNT][DIM] = {}, scores[COUNT][BLOCK];
+    Query<T, DIM> queries[COUNT];
+    alignas(64) float result[COUNT][DIM] = {}, scores[COUNT][BLOCK];
     float maximum[COUNT], total[COUNT] = {};
     int64_t visible[COUNT];
     for (int i = 0; i < COUNT; i++) {
         const int64_t place = (first_query + i) / group, head = kv_head * group + (first_query + i) % group;
-        const T* from = (const T*)a.query + (head * a.batch_rows + a.rows[chunk.first + place]) * DIM;
-        for (int d = 0; d < DIM; d += LANES) store(query[i] + d, load(from + d) * a.scale);
+        queries[i].read((const T*)a.query + (head * a.batch_rows + a.rows[chunk.first + place]) * DIM);
         maximum[i] = -std::numeric_limits<float>::infinity();
         visible[i] = chunk.causal ? chunk.length - (chunk.count - 1 - place) : chunk.length;
     }
@@ -108,7 +155,7 @@ void attend_tile(const Attention& a, const Chunk& chunk, int kv_head, int64_t fi
     const T *keys = (const T*)a.keys + offset, *values = (const T*)a.values + offset;
     for (int64_t at = 0; at < chunk.length; at += BLOCK) {
         const int length = int(chunk.length - at < BLOCK ? chunk.length - at : BLOCK);
-        scores_of<T, DIM, COUNT>(query, keys + at * DIM, length, scores);
+        scores_of<T, DIM, COUNT>(queries, keys + at * DIM, length, a.scale, scores);
         for (int i = 0; i < COUNT; i++) {
             const int64_t seen = visible[i] - at;
             soften<DIM>(scores[i], int(seen < 0 ? 0 : seen < length ? seen : length), result[i], maximum[i], total[i]);

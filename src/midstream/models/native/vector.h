@@ -71,6 +71,22 @@ inline float sum(vf v) {
     return c[0] + c[1];
 }
 
+// The sums of four vectors.
+inline vf4 sums(vf a, vf b, vf c, vf d) {
+    constexpr auto low = [](vf x, vf y) {
+        return __builtin_shufflevector(x, y, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+    };
+    constexpr auto high = [](vf x, vf y) {
+        return __builtin_shufflevector(x, y, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+    };
+    const vf ab = low(a, b) + high(a, b), cd = low(c, d) + high(c, d);
+    const vf v = __builtin_shufflevector(ab, cd, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+                 __builtin_shufflevector(ab, cd, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    const vf8 half = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+                     __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+    return __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
+}
+
 inline vf larger(vf a, vf b) { return a > b ? a : b; }
 
 inline float largest(vf v) {

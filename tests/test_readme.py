@@ -101,3 +101,15 @@ def test_the_flows_figures_are_those_of_the_results() -> None:
         f"| {seconds['all']:.1f} / {seconds['base alone']:.1f} |",
     ):
         assert stated in README, stated
+
+
+def test_the_turns_figures_are_those_of_the_results() -> None:
+    found = json.loads((ROOT / "benchmarks" / "results" / "turn.json").read_text(encoding="utf-8"))
+    assert found["ratio"] >= 5
+    assert found["ratio_warm"] >= 2.5
+    sides = {"alora": 1.0, "lora_cold": found["ratio"], "lora_warm": found["ratio_warm"], "peft": found["ratio_peft"]}
+    for side, ratio in sides.items():
+        times = "1" if side == "alora" else f"{ratio:.1f}"
+        held = found["kv"][side]["end_bytes"] / 1e6
+        stated = f"| {found[f'{side}_s']:.1f} | {times} | {held:,.0f} MB |"
+        assert stated in README, stated

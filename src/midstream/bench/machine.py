@@ -69,8 +69,8 @@ def busy_warnings(before: float, after: float, *, cores: int, threads: int) -> l
         found.append(f"the machine was busy before: load average {before:.2f} on {cores} cores; times are too long")
     if after > threads + _BUSY_SHARE * cores:
         found.append(
-            f"the machine was busy during the run: load average {after:.2f}, of which midstream's {threads} threads "
-            "can be no more than that many; times are too long"
+            f"the machine was busy during the run: load average {after:.2f}, where midstream alone makes {threads} at "
+            "most; times are too long"
         )
     return found
 

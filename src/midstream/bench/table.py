@@ -40,7 +40,7 @@ def table(report: Report) -> Table:
     shown = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
     shown.add_column("median (quartiles)", no_wrap=True)
     for row in rows:
-        shown.add_column(f"{row.context} tokens", justify="right")
+        shown.add_column(f"{row.context} tokens", justify="right", overflow="fold")
     figures = [row.figures() for row in rows]
     for figure in FIGURES:
         shown.add_row(figure.label, *(figure.shown(found.get(figure.name)) for found in figures))

@@ -28,7 +28,7 @@ from midstream.bench.machine import read_bandwidth
 from midstream.bench.model import ModelFacts
 from midstream.errors import MidstreamError
 from midstream.session import Engine
-from midstream.types import AdapterInfo, Choice, Completion, Request, SamplingParams
+from midstream.types import AdapterInfo, Choice, Completion, Request, SamplingParams, Score
 
 FREE_TOKENS = 16
 STEPS = 24
@@ -121,12 +121,13 @@ class Work:
         return seconds
 
     def _read(self, prompt: Tokens, computed: int | None = None) -> float:
-        """Seconds in which the base model reads a prompt, of which it must compute so many tokens."""
+        """Seconds in which the base model reads a prompt, seen from outside; it must compute so many tokens of it."""
+        scores: list[Score] = []
         request = Request(prompt=prompt)
-        score = self._engine.run(self._engine.aio.score(request, [[0]]))
+        seconds = timed(lambda: scores.append(self._engine.run(self._engine.aio.score(request, [[0]]))))
         if computed is not None:
-            _require("the base model's reading", score.usage.computed_tokens, computed)
-        return score.seconds
+            _require("the base model's reading", scores[0].usage.computed_tokens, computed)
+        return seconds
 
     def _others(self, info: AdapterInfo) -> Tokens:
         """As many tokens as an invocation has, and no invocation: the first is another one."""

@@ -107,9 +107,14 @@ def _engine(model: str, dtype: str | None, device: str | None, kv_mib: int | Non
 
 def _measure(run: Run) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    # Pieces take seconds to minutes: the time left is told from all of them, not from those of the last half minute.
     bar = Progress(
-        *columns, console=Console(stderr=True), disable=not show_progress(False), speed_estimate_period=24 * 3600
+        *columns,
+        console=Console(stderr=True),
+        disable=not show_progress(False),
+        # Drawing takes time of a core that is measured.
+        refresh_per_second=2,
+        # Pieces take seconds to minutes: the time left is told from all of them, not from the last half minute's.
+        speed_estimate_period=24 * 3600,
     )
     with bar:
         job = bar.add_task("", total=sum(piece.cost for piece in run.pieces))

@@ -134,6 +134,16 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
     return {"median": float(median), "p95": float(high), "max": max(values)}
 
 
+def table(report: dict[str, Any]) -> str:
+    """The rows as Markdown."""
+    lines = ["| clients | tokens/s | a token, ms | label call, ms: median | 95th percentile |", "|---|---|---|---|---|"]
+    for row in report["rows"]:
+        token, label = row["answer_token_s"]["median"], row["label_s"]
+        times = f"{1e3 * token:.1f} | {1e3 * label['median']:,.0f} | {1e3 * label['p95']:,.0f}"
+        lines.append(f"| {row['clients']} | {row['tokens_per_s']:.0f} | {times} |")
+    return "\n".join(lines) + "\n"
+
+
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Tokens per second, and the label's latency, over the number of clients."""
     from matplotlib.figure import Figure

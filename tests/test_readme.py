@@ -29,6 +29,7 @@ def test_every_command_it_names_exists() -> None:
         "call",
         "complete",
         "adapters",
+        "bench",
         "models",
         "train",
         "eval",

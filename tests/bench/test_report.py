@@ -166,3 +166,8 @@ def test_a_picture_that_cannot_be_drawn_is_refused_before(tmp_path: Path, monkey
     monkeypatch.setattr(plot, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"midstream\[eval\]"):
         check_plot(tmp_path / "p.png")
+
+
+def test_the_documentation_shows_every_figure() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "bench.md").read_text(encoding="utf-8")
+    assert [figure.label for figure in FIGURES if f"\n {figure.label}  " not in text] == []

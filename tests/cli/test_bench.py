@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -129,10 +128,15 @@ def test_what_only_the_model_tells_is_told_before_anything_is_measured(
     assert not (tmp_path / "b.json").exists()
 
 
+def interrupted(*_: object) -> None:
+    """As Ctrl-C does it; the signal itself is ignored by what runs in a shell's background."""
+    raise KeyboardInterrupt
+
+
 def test_control_c_keeps_the_rounds_that_were_whole(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(work.Work, "decode", lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(work.Work, "decode", interrupted)
     files = ("--json", str(tmp_path / "b.json"), "--png", str(tmp_path / "b.png"))
     out, err = bench("--contexts", "64,96", "--rounds", "2", "--rank", "4", *files, status=130)
     assert "ended early (interrupted)" in out
@@ -159,7 +163,7 @@ def test_a_failure_keeps_them_too(bench: Bench, tmp_path: Path, monkeypatch: pyt
 def test_an_end_before_the_first_round_writes_no_picture(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(work.Work, "calls", lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(work.Work, "calls", interrupted)
     files = ("--json", str(tmp_path / "b.json"), "--png", str(tmp_path / "b.png"))
     out, _ = bench("--contexts", "64", *files, status=130)
     assert json.loads((tmp_path / "b.json").read_text())["rows"] == []

@@ -34,7 +34,12 @@ _SMALL: dict[str, dict[str, int]] = {
 }
 CASES = int(os.environ.get("MIDSTREAM_FUZZ_CASES", "600"))
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning",
+    "ignore::ResourceWarning",
+    # The server runs in a thread of this process: what it draws at random meanwhile, hypothesis takes for a strategy's.
+    "ignore:Do not use the `random` module inside strategies",
+)
 
 
 @pytest.fixture(scope="module")

@@ -40,3 +40,11 @@ def test_the_load_is_that_of_the_results() -> None:
     beside = report["beside_prefill"]
     for seconds in (beside["alone_s"]["median"], beside["beside_s"]["median"], beside["beside_s"]["max"]):
         assert f"{1e3 * seconds:,.0f} ms" in page
+
+
+def test_the_peers_rows_are_those_of_the_results() -> None:
+    rows = json.loads((ROOT / "benchmarks" / "results" / "peers.json").read_text(encoding="utf-8"))["rows"]
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    for row in rows:
+        times = f"{1e3 * row['peer_s']:,.1f} ms | {1e3 * row['midstream_s']:,.1f} ms | {row['ratio']:.2f} |"
+        assert f"| {row['work']} | {row['context']:,} | {times}" in page

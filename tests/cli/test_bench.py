@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from midstream.bench import machine, plot, work
-from midstream.cli.main import main
 from midstream.errors import MidstreamError
+from tests.cli.running import run_main
 from tests.helpers import tiny_llama
 from tests.tiny import save_tiny_tokenizer
 
@@ -33,14 +32,7 @@ class Bench:
     def __call__(self, *words: str, status: int = 0, model: str | None = None) -> tuple[str, str]:
         given = ["midstream", "bench", "--model", model or str(self._tiny), "--dtype", "float32", *words]
         self._monkeypatch.setattr(sys, "argv", given)
-        try:
-            main()
-            found: Any = 0
-        except SystemExit as stop:
-            found = stop.code or 0
-        out, err = self._capsys.readouterr()
-        assert found == status, err
-        return out, err
+        return run_main(self._capsys, status)
 
 
 @pytest.fixture

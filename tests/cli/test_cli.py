@@ -7,11 +7,10 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from midstream.cli.main import main
+from tests.cli.running import run_main
 from tests.helpers import SEVEN, make_adapter_folder, tiny_llama
 from tests.tiny import save_tiny_tokenizer, tiny_chat
 
@@ -47,14 +46,7 @@ class Cli:
     def __call__(self, *words: str, status: int = 0, stdin: str = "") -> tuple[str, str]:
         self._monkeypatch.setattr(sys, "argv", ["midstream", *words])
         self._monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        try:
-            main()
-            found: Any = 0
-        except SystemExit as stop:
-            found = stop.code or 0
-        out, err = self._capsys.readouterr()
-        assert found == status, err
-        return out, err
+        return run_main(self._capsys, status)
 
     @property
     def model(self) -> tuple[str, ...]:

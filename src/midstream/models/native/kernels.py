@@ -21,8 +21,8 @@ _HEAD_DIMS = (32, 64, 96, 128, 256)
 # More adapter rows than this and torch's blocked products win over reading the factors anew for every fourth row.
 _DELTA_ROWS = 64
 _MAX_RANK = 512
-# Query vectors of a KV head up to which a range is read by these kernels: at 2,048 keys they take half of the time of
-# torch's attention for 24 and for 144 query vectors, and a fifth of it for 3.
+# Query vectors of a KV head up to which a range is read by these kernels: at 2,048 keys they take half of the time
+# of torch's attention for 144 query vectors, and a fifth of it for 3.
 _FEW_QUERIES = 192
 
 

@@ -27,7 +27,7 @@ _SHOWN = 20
 Key = tuple[str, str]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class LoraWeights:
     """The delta of one linear layer: scale · b a, with a [rank, in] and b [out, rank]."""
 

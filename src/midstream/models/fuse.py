@@ -16,6 +16,8 @@ from midstream.models.kernels import Kernels
 from midstream.models.layer import FusedLayer, is_common
 from midstream.models.linear import linear_shapes
 from midstream.models.pool import AttentionShape, ForwardPlan, KVPool
+from midstream.models.products import WeightKind
+from midstream.models.stack import FusedStack
 
 # Largest difference from the layer's own output, relative to the largest number in it.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
@@ -64,8 +66,7 @@ def fuse_layers(
     shapes: Mapping[int, AttentionShape],
     context: DeltaContext,
     kernels: Kernels,
-    *,
-    pack: bool,
+    kind: WeightKind | None,
 ) -> dict[str, tuple[int, int]]:
     """Swap each layer whose fused form gives what the layer gave; return the swapped linear layers' (out, in)."""
     swapped: dict[str, tuple[int, int]] = {}
@@ -75,13 +76,26 @@ def fuse_layers(
         norms = (layer.input_layernorm, layer.post_attention_layernorm)
         if not all(isinstance(norm, FusedRMSNorm) and norm.weight.dtype == seen.given.dtype for norm in norms):
             continue
-        fused = FusedLayer(layer, path, index, shapes[index], context, kernels, pack=pack)
+        fused = FusedLayer(layer, path, index, shapes[index], context, kernels)
         if not _agrees(fused, seen):
             continue
+        if kind is not None:  # tried with the weights as they are: rounded ones differ by more than the trial allows
+            fused = FusedLayer(layer, path, index, shapes[index], context, kernels, kind)
         swapped |= {f"{path}.{name}": shape for name, shape in linear_shapes(layer).items()}
         parent = model.get_submodule(path.rpartition(".")[0])
         setattr(parent, path.rpartition(".")[2], fused)
     return swapped
+
+
+def stack_layers(model: nn.Module, kernels: Kernels) -> None:
+    """Put one module in the place of all layers, where all are fused and the kernels compute them in one call."""
+    for path, module in list(model.named_modules()):
+        layers = [child for child in module.children() if isinstance(child, FusedLayer)]
+        if not isinstance(module, nn.ModuleList) or not layers or len(layers) != len(module):
+            continue
+        run = kernels.stack(layers)
+        if run is not None:
+            model.set_submodule(path, nn.ModuleList([FusedStack(layers, run)]))
 
 
 def _agrees(fused: FusedLayer, seen: Seen) -> bool:

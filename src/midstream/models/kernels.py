@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,6 +11,21 @@ from torch.nn import functional as F
 
 from midstream.models.deltas import DeltaContext, Part
 from midstream.models.extents import ExtentCall
+from midstream.models.products import Product, WeightKind, torch_product
+
+if TYPE_CHECKING:
+    from midstream.models.pool import ForwardPlan
+
+
+class StackRun(Protocol):
+    """All layers of a model in one call."""
+
+    def __call__(self, x: Tensor, positions: tuple[Tensor, Tensor], plan: ForwardPlan, context: DeltaContext) -> bool:
+        """Change x [rows, features] as the layers do, one after the other; False, and nothing done, where it cannot.
+
+        positions: cosine and sine [rows, dim] of the rotary embedding.
+        """
+        ...
 
 
 class Kernels(Protocol):
@@ -20,6 +35,14 @@ class Kernels(Protocol):
 
     def supports(self, dim: int) -> bool:
         """Whether heads of this size can be attended."""
+        ...
+
+    def product(self, weight: Tensor, bias: Tensor | None, kind: WeightKind | None) -> Product:
+        """The product with a weight [out, in], kept in the layout (and, with `kind`, the numbers) that suits best."""
+        ...
+
+    def stack(self, layers: Sequence[Any]) -> StackRun | None:
+        """All these fused layers as one call, where there is one."""
         ...
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -60,6 +83,12 @@ class TorchKernels:
 
     def supports(self, dim: int) -> bool:
         return False
+
+    def product(self, weight: Tensor, bias: Tensor | None, kind: WeightKind | None) -> Product:
+        return torch_product(weight, bias, kind)
+
+    def stack(self, layers: Sequence[Any]) -> StackRun | None:
+        return None
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, eps)

@@ -11,6 +11,7 @@ from midstream.models.deltas import DeltaContext
 from midstream.models.kernels import Kernels
 from midstream.models.linear import AdapterLinear
 from midstream.models.pool import AttentionShape, ForwardPlan
+from midstream.models.products import WeightKind
 
 
 class FusedLayer(nn.Module):
@@ -24,20 +25,20 @@ class FusedLayer(nn.Module):
         shape: AttentionShape,
         context: DeltaContext,
         kernels: Kernels,
-        *,
-        pack: bool,
+        kind: WeightKind | None = None,
     ) -> None:
         super().__init__()
         attention, perceptron = layer.self_attn, layer.mlp
 
         def product(parent: Any, name: str, *children: str) -> AdapterLinear:
             layers = {f"{path}.{name}.{child}": getattr(parent, child) for child in children}
-            return AdapterLinear(layers, context, pack=pack, kernels=kernels)
+            return AdapterLinear(layers, context, kernels, kind)
 
         self.qkv = product(attention, "self_attn", "q_proj", "k_proj", "v_proj")
         self.o = product(attention, "self_attn", "o_proj")
         self.gate_up = product(perceptron, "mlp", "gate_proj", "up_proj")
         self.down = product(perceptron, "mlp", "down_proj")
+        self.linears = (self.qkv, self.o, self.gate_up, self.down)
         self.first_norm, self.second_norm = layer.input_layernorm, layer.post_attention_layernorm
         self.residual_scale = float(getattr(layer, "residual_multiplier", 1.0))
         self.kernels = kernels

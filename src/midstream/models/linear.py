@@ -6,74 +6,45 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from midstream.models.deltas import DeltaContext, Part
-from midstream.models.kernels import Kernels, TorchKernels
-
-# Rows that oneDNN is told to expect when it lays a weight out; a mid-sized step suits both ends.
-_EXPECTED_ROWS = 16
-
-
-def padded_rows(rows: int) -> int:
-    """The number of rows that a product is computed with.
-
-    oneDNN makes and keeps a kernel for every number of rows that it meets: over all up to 512 they take 460 MB, over
-    these some 170 MB, and fewer have to be made. The rows added cost little beside the reading of the weights.
-    """
-    if rows <= 16:
-        return rows
-    step = 4 if rows <= 64 else 8 if rows <= 256 else 16
-    return -(-rows // step) * step
+from midstream.models.kernels import Kernels
+from midstream.models.products import WeightKind
 
 
 class AdapterLinear(nn.Module):
     """Linear layers of the base model that read the same input, as one product, plus the step's adapters' deltas.
 
-    On a CPU the weight is laid out once for oneDNN, which halves the time of products with few rows; the layer then
-    has no plain weight any more.
+    The product keeps the weight as it needs it: the layer has no plain weight any more.
     """
 
     def __init__(
-        self, layers: Mapping[str, nn.Linear], context: DeltaContext, *, pack: bool, kernels: Kernels | None = None
+        self,
+        layers: Mapping[str, nn.Linear],
+        context: DeltaContext,
+        kernels: Kernels,
+        kind: WeightKind | None = None,
     ) -> None:
         """`layers` by module path; their outputs stand side by side, in this order."""
         super().__init__()
         self.context = context
-        self.kernels = kernels or TorchKernels()
+        self.kernels = kernels
         self.parts = _parts(layers)
         self.in_features = next(iter(layers.values())).in_features
         self.out_features = sum(part.out for part in self.parts)
-        self.bias = _joined([layer.bias for layer in layers.values()], self.parts)
         weight = _joined([layer.weight for layer in layers.values()], self.parts)
         assert weight is not None
-        self.packed: Tensor | None = None
-        self.weight: Tensor | None = None
-        if pack:
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _EXPECTED_ROWS)
-        else:
-            self.weight = weight
+        bias = _joined([layer.bias for layer in layers.values()], self.parts)
+        self.product = kernels.product(weight.detach(), None if bias is None else bias.detach(), kind)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., rows, in] → [..., rows, out]."""
-        if self.packed is not None:
-            y = self._packed_product(x, self.packed)
-        else:
-            assert self.weight is not None
-            y = F.linear(x, self.weight, self.bias)
+        y = self.product(x)
         if self.context.groups:
             flat_x, flat_y = x.reshape(-1, self.in_features), y.view(-1, self.out_features)
             if not self.kernels.add_deltas(flat_x, flat_y, self.context, self.parts):
                 self.context.add(flat_x, flat_y, self.parts)
         return y
-
-    def _packed_product(self, x: Tensor, packed: Tensor) -> Tensor:
-        rows = x.shape[-2]
-        padded = padded_rows(rows)
-        if padded != rows:
-            x = F.pad(x, (0, 0, 0, padded - rows))
-        y = torch.ops.mkldnn._linear_pointwise(x, packed, self.bias, "none", [], "")
-        return y if padded == rows else y.narrow(-2, 0, rows)
 
 
 def _parts(layers: Mapping[str, nn.Linear]) -> tuple[Part, ...]:
@@ -95,15 +66,6 @@ def _joined(tensors: Sequence[Tensor | None], parts: Sequence[Part]) -> Tensor |
     return torch.cat(filled).detach()
 
 
-def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether oneDNN has native products of this type on this processor."""
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    if dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return dtype == torch.float32
-
-
 def linear_shapes(module: nn.Module) -> dict[str, tuple[int, int]]:
     """(out, in) of the linear layers below a module, by path."""
     return {
@@ -114,22 +76,20 @@ def linear_shapes(module: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def wrap_linears(
-    model: nn.Module, context: DeltaContext, *, pack: bool, kernels: Kernels
+    model: nn.Module, context: DeltaContext, kernels: Kernels, kind: WeightKind | None
 ) -> dict[str, tuple[int, int]]:
-    """Put an AdapterLinear in place of every nn.Linear but the output head; return their paths and (out, in).
+    """Put an AdapterLinear in place of every nn.Linear; return the paths and (out, in) of all but the output head.
 
-    The head is only packed, and keeps its plain weight where it is the embedding too.
+    No adapter changes the head. It keeps its plain weight where that is the embedding too.
     """
     shapes: dict[str, tuple[int, int]] = {}
     for path, module in list(model.named_modules()):
         if type(module) is not nn.Linear:
             continue
         parent = model.get_submodule(path.rpartition(".")[0])
-        name = path.rpartition(".")[2]
-        if path == "lm_head":
-            if pack:
-                setattr(parent, name, AdapterLinear({path: module}, DeltaContext(), pack=True))
-            continue
-        shapes[path] = (module.out_features, module.in_features)
-        setattr(parent, name, AdapterLinear({path: module}, context, pack=pack, kernels=kernels))
+        head = path == "lm_head"
+        if not head:
+            shapes[path] = (module.out_features, module.in_features)
+        linear = AdapterLinear({path: module}, DeltaContext() if head else context, kernels, kind)
+        setattr(parent, path.rpartition(".")[2], linear)
     return shapes

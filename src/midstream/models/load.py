@@ -15,12 +15,13 @@ from midstream.models.attention import NAME
 from midstream.models.attention_plan import AttentionPlan, RowSegment
 from midstream.models.chat import ChatTokenizer
 from midstream.models.deltas import DeltaContext
-from midstream.models.fuse import Watched, few_rows, fuse_layers
+from midstream.models.fuse import Watched, few_rows, fuse_layers, stack_layers
 from midstream.models.fusions import fuse_norms
 from midstream.models.kernels import Kernels, TorchKernels
-from midstream.models.linear import can_pack, wrap_linears
+from midstream.models.linear import wrap_linears
 from midstream.models.native.kernels import pick_kernels
 from midstream.models.pool import AttentionShape, ForwardPlan, ProbePool
+from midstream.models.products import WeightKind, can_pack
 from midstream.models.source import loading_bars, resolve
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -66,10 +67,17 @@ def load_model(
     return prepare(network.to(target), chat, name=Path(str(model)).stem if Path(model).exists() else str(model))
 
 
-def prepare(network: Any, chat: ChatTokenizer, *, name: str, kernels: Kernels | None = None) -> LoadedModel:
+def prepare(
+    network: Any,
+    chat: ChatTokenizer,
+    *,
+    name: str,
+    weights: WeightKind | None = None,
+    kernels: Kernels | None = None,
+) -> LoadedModel:
     """Make a transformers causal LM servable, or raise ModelError with the reason that it is not.
 
-    `kernels` None: the fastest for its type and device.
+    `weights` None: as the model has them. `kernels` None: the fastest for its type and device.
     """
     network.eval()
     config = network.config.get_text_config()
@@ -79,10 +87,10 @@ def prepare(network: Any, chat: ChatTokenizer, *, name: str, kernels: Kernels | 
     watched = Watched(network)
     attention = _probe(network, config, watched)
     deltas = DeltaContext()
-    pack = can_pack(dtype, device)
     with torch.inference_mode():
-        shapes = fuse_layers(network, watched, attention, deltas, kernels, pack=pack)
-        shapes |= wrap_linears(network, deltas, pack=pack, kernels=kernels)
+        shapes = fuse_layers(network, watched, attention, deltas, kernels, weights)
+        stack_layers(network, kernels)
+        shapes |= wrap_linears(network, deltas, kernels, weights)
     return LoadedModel(
         name=name,
         model=network,

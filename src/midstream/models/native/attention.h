@@ -204,27 +204,24 @@ void merge(const Attention& a, int64_t row, int64_t head) {
 }
 
 template <typename T, int DIM>
-void attend_all(const Attention& a) {
-#pragma omp parallel num_threads(a.threads)
-    {
+void attend_in_team(const Attention& a) {
 #pragma omp for collapse(2) schedule(dynamic, 1)
-        for (int64_t c = 0; c < a.num_chunks; c++)
-            for (int64_t h = 0; h < a.kv_heads; h++) attend_chunk<T, DIM>(a, a.chunks[c], int(h));
+    for (int64_t c = 0; c < a.num_chunks; c++)
+        for (int64_t h = 0; h < a.kv_heads; h++) attend_chunk<T, DIM>(a, a.chunks[c], int(h));
 #pragma omp for collapse(2) schedule(static)
-        for (int64_t r = 0; r < a.num_rows; r++)
-            for (int64_t h = 0; h < a.heads; h++) merge<T, DIM>(a, r, h);
-    }
+    for (int64_t r = 0; r < a.num_rows; r++)
+        for (int64_t h = 0; h < a.heads; h++) merge<T, DIM>(a, r, h);
 }
 
-// False where there is no kernel for heads of this size.
+// For all threads of a team. False where there is no kernel for heads of this size.
 template <typename T>
-bool attend(const Attention& a) {
+bool attend_in_team(const Attention& a) {
     switch (a.dim) {
-        case 32: return attend_all<T, 32>(a), true;
-        case 64: return attend_all<T, 64>(a), true;
-        case 96: return attend_all<T, 96>(a), true;
-        case 128: return attend_all<T, 128>(a), true;
-        case 256: return attend_all<T, 256>(a), true;
+        case 32: return attend_in_team<T, 32>(a), true;
+        case 64: return attend_in_team<T, 64>(a), true;
+        case 96: return attend_in_team<T, 96>(a), true;
+        case 128: return attend_in_team<T, 128>(a), true;
+        case 256: return attend_in_team<T, 256>(a), true;
         default: return false;
     }
 }

@@ -1,97 +1,108 @@
 // The low-rank deltas of adapters: y += scale * B (A x), for the rows that each adapter owns.
 #pragma once
 
-#include "vector.h"
+#include <omp.h>
 
-// One adapter's factors of one linear layer, and where its outputs stand in the product's rows.
+#include "product.h"
+
+// One adapter's factors of one linear layer, packed, and where its outputs stand in the product's rows.
 struct Factor {
-    const void* a;    // [rank, in]
-    const void* b_t;  // [rank, out]
-    int64_t rank, out, offset;
-    double scale;
+    const void* a;  // panels of [in, depth]
+    const void* b;  // panels of [depth, out]
+    int64_t depth;  // the rank, made even
+    int64_t out, offset;
+    int64_t down;  // the first of its columns in the scratch memory
+    float scale;
 };
 
-// Rows `start` to `end` get the deltas of the factors from `first` on (one for each linear layer in the product).
+// One adapter's factors of one product: one for each linear layer in it that the adapter changes.
+struct Factors {
+    const Factor* first;
+    int64_t count;
+};
+
+// Rows `start` to `end` belong to an adapter; `products` are its factors of all products, in their order.
 struct Owned {
-    int64_t start, end, first, count;
+    int64_t start, end;
+    const Factors* products;
 };
 
+// The adapters of a step.
 struct Deltas {
-    const void* x;  // [rows, in]
-    void* y;        // [rows, width]
     const Owned* owned;
-    const Factor* factors;
-    int64_t num_owned, in, width;
-    int32_t threads;
+    void* down;  // [rows of all owned ranges, down_width]: A x
+    int64_t num_owned, down_width;
 };
 
-constexpr int64_t MAX_RANK = 512;
+constexpr int64_t DELTA_ROWS = 48, DELTA_PANELS = 4;  // of a unit of work
 
-template <typename T, int COUNT>
-inline void dots(const T* a, const T* x, int64_t in, float* out) {
-    const int64_t whole = in / LANES * LANES;
-    vf total[COUNT] = {};
-    for (int64_t d = 0; d < whole; d += LANES) {
-        const vf factor = load(a + d);
-        for (int i = 0; i < COUNT; i++) total[i] += factor * load(x + i * in + d);
-    }
-    for (int i = 0; i < COUNT; i++) {
-        float rest = 0;
-        for (int64_t d = whole; d < in; d++) rest += one(a + d) * one(x + i * in + d);
-        out[i] = sum(total[i]) + rest;
-    }
-}
-
-template <typename T, int COUNT>
-void add_factor(const Factor& f, const T* x, int64_t in, T* y, int64_t width) {
-    float down[MAX_RANK][COUNT];
-    for (int64_t j = 0; j < f.rank; j++) {
-        dots<T, COUNT>((const T*)f.a + j * in, x, in, down[j]);
-        for (int i = 0; i < COUNT; i++) down[j][i] *= float(f.scale);
-    }
-    const T* b = (const T*)f.b_t;
-    const int64_t whole = f.out / LANES * LANES;
-    for (int64_t o = 0; o < whole; o += LANES) {
-        vf total[COUNT];
-        for (int i = 0; i < COUNT; i++) total[i] = load(y + i * width + f.offset + o);
-        for (int64_t j = 0; j < f.rank; j++) {
-            const vf factor = load(b + j * f.out + o);
-            for (int i = 0; i < COUNT; i++) total[i] += down[j][i] * factor;
-        }
-        for (int i = 0; i < COUNT; i++) store(y + i * width + f.offset + o, total[i]);
-    }
-    for (int64_t o = whole; o < f.out; o++)
-        for (int i = 0; i < COUNT; i++) {
-            float total = one(y + i * width + f.offset + o);
-            for (int64_t j = 0; j < f.rank; j++) total += down[j][i] * one(b + j * f.out + o);
-            put(y + i * width + f.offset + o, total);
-        }
-}
-
-template <typename T, int COUNT>
-void add_rows(const Deltas& d, const Owned& owned, int64_t row) {
-    for (int64_t i = 0; i < owned.count; i++)
-        add_factor<T, COUNT>(d.factors[owned.first + i], (const T*)d.x + row * d.in, d.in, (T*)d.y + row * d.width,
-                             d.width);
-}
-
+// The deltas of one product of a step: x [rows, in] → y [rows, width].
 template <typename T>
-void add_deltas(const Deltas& d) {
-    constexpr int64_t TILE_ROWS = 4;
-    int64_t units = 0;
-    for (int64_t g = 0; g < d.num_owned; g++) units += (d.owned[g].end - d.owned[g].start + TILE_ROWS - 1) / TILE_ROWS;
-#pragma omp parallel for num_threads(d.threads) if (units > 1) schedule(dynamic, 1)
-    for (int64_t unit = 0; unit < units; unit++) {
-        int64_t g = 0, before = unit;
-        for (;; g++) {
-            const int64_t tiles = (d.owned[g].end - d.owned[g].start + TILE_ROWS - 1) / TILE_ROWS;
-            if (before < tiles) break;
-            before -= tiles;
-        }
-        const int64_t row = d.owned[g].start + before * TILE_ROWS, left = d.owned[g].end - row;
-        if (left >= 4) add_rows<T, 4>(d, d.owned[g], row);
-        else if (left == 3) add_rows<T, 3>(d, d.owned[g], row);
-        else if (left == 2) add_rows<T, 2>(d, d.owned[g], row);
-        else add_rows<T, 1>(d, d.owned[g], row);
+class ProductDeltas {
+  public:
+    ProductDeltas(const Deltas& deltas, int64_t which, const Weight& product)
+        : d(deltas), product(which), in(product.in), width(product.out) {}
+
+    // For all threads of a team.
+    void add(const T* x, T* y) const {
+        share(1, [](const Factor& f) { return f.depth; }, [&](const Unit& u) { down(u, x); });
+#pragma omp barrier
+        share(DELTA_PANELS, [](const Factor& f) { return f.out; }, [&](const Unit& u) { up(u, y); });
+#pragma omp barrier
     }
-}
+
+  private:
+    // Rows of one adapter, and a panel of one of its factors.
+    struct Unit {
+        const Factor& factor;
+        int64_t row, rows;
+        int64_t place;  // of its first row in the scratch memory
+        int64_t panel;
+    };
+
+    // visit(unit) for this thread's share.
+    template <typename Columns, typename Visit>
+    void share(int64_t grain, Columns columns, Visit visit) const {
+        const int64_t threads = omp_get_num_threads(), mine = omp_get_thread_num();
+        int64_t number = 0, before = 0;
+        for (int64_t g = 0; g < d.num_owned; g++) {
+            const Owned& o = d.owned[g];
+            const Factors& factors = o.products[product];
+            for (const Factor* f = factors.first; f < factors.first + factors.count; f++) {
+                const int64_t panels = (columns(*f) + PANEL - 1) / PANEL;
+                for (int64_t row = o.start; row < o.end; row += DELTA_ROWS)
+                    for (int64_t panel = 0; panel < panels; panel += grain) {
+                        if (number++ % threads != mine) continue;
+                        const int64_t rows = o.end - row < DELTA_ROWS ? o.end - row : DELTA_ROWS;
+                        const int64_t last = panel + grain < panels ? panel + grain : panels;
+                        for (int64_t p = panel; p < last; p++) visit({*f, row, rows, before + row - o.start, p});
+                    }
+            }
+            before += o.end - o.start;
+        }
+    }
+
+    void down(const Unit& u, const T* x) const {
+        const int64_t column = u.panel * PANEL;
+        T* to = (T*)d.down + u.place * d.down_width + u.factor.down + column;
+        multiply_rows(x + u.row * in, in, u.rows, (const T*)u.factor.a + column * in, in,
+                      [&](int64_t r, vf left, vf right) {
+                          put_panel(to + r * d.down_width, left, right, u.factor.depth - column);
+                      });
+    }
+
+    void up(const Unit& u, T* y) const {
+        const Factor& f = u.factor;
+        const int64_t column = u.panel * PANEL;
+        T* to = y + u.row * width + f.offset + column;
+        multiply_rows((const T*)d.down + u.place * d.down_width + f.down, d.down_width, u.rows,
+                      (const T*)f.b + column * f.depth, f.depth, [&](int64_t r, vf left, vf right) {
+                          vf low, high;
+                          get_panel(to + r * width, f.out - column, low, high);
+                          put_panel(to + r * width, low + f.scale * left, high + f.scale * right, f.out - column);
+                      });
+    }
+
+    const Deltas& d;
+    const int64_t product, in, width;
+};

@@ -1,21 +1,82 @@
 // What Python calls. Every function takes the type of the numbers: 0 for float32, 1 for bfloat16.
-#include "attention.h"
-#include "delta.h"
-#include "pointwise.h"
+#include "layers.h"
+
+namespace {
+
+constexpr int64_t SERIAL = 1 << 15;  // numbers below which waking a second thread costs more than it saves
+
+template <typename T>
+bool attend(const Attention& a) {
+    bool served = true;
+#pragma omp parallel num_threads(a.threads)
+    {
+        const bool mine = attend_in_team<T>(a);
+#pragma omp single
+        served = mine;
+    }
+    return served;
+}
+
+template <typename T>
+void add_norm(const Norm& n, int32_t threads) {
+#pragma omp parallel num_threads(threads) if (n.rows * n.dim > SERIAL)
+    add_norm_in_team<T>(n);
+}
+
+template <typename T>
+void rotate(const Rotary& r, int32_t threads) {
+#pragma omp parallel num_threads(threads) if (r.rows * r.heads * r.dim > SERIAL)
+    rotate_in_team<T>(r);
+}
+
+template <typename T>
+void gated(const void* both, void* out, int64_t rows, int64_t width, int32_t threads) {
+#pragma omp parallel num_threads(threads) if (rows * width > SERIAL)
+    gated_in_team<T>((const T*)both, (T*)out, rows, width);
+}
+
+template <typename T>
+void product(const Weight& w, const void* x, void* y, int64_t rows, int32_t threads) {
+#pragma omp parallel num_threads(threads)
+    product_in_team<T>(w, (const T*)x, (T*)y, rows, threads);
+}
+
+template <typename T>
+void add_deltas(const Deltas& d, const Weight& w, const void* x, void* y, int32_t threads) {
+#pragma omp parallel num_threads(threads)
+    ProductDeltas<T>(d, 0, w).add((const T*)x, (T*)y);
+}
+
+}  // namespace
 
 extern "C" {
+
+// Whether products of this type are worth packing weights for on this processor.
+int32_t midstream_has_products(int32_t type) { return type ? has_products<bf16>() : has_products<float>(); }
 
 // 0, with nothing done, where heads of this size have no kernel.
 int32_t midstream_attend(const Attention* a, int32_t type) { return type ? attend<bf16>(*a) : attend<float>(*a); }
 
-void midstream_add_norm(const Norm* n, int32_t type) { type ? add_norm<bf16>(*n) : add_norm<float>(*n); }
-
-void midstream_rotate(const Rotary* r, int32_t type) { type ? rotate_and_write<bf16>(*r) : rotate_and_write<float>(*r); }
-
-void midstream_gated(const void* both, void* out, int64_t rows, int64_t width, int32_t threads, int32_t type) {
-    type ? gated((const bf16*)both, (bf16*)out, rows, width, threads)
-         : gated((const float*)both, (float*)out, rows, width, threads);
+void midstream_add_norm(const Norm* n, int32_t threads, int32_t type) {
+    type ? add_norm<bf16>(*n, threads) : add_norm<float>(*n, threads);
 }
 
-void midstream_add_deltas(const Deltas* d, int32_t type) { type ? add_deltas<bf16>(*d) : add_deltas<float>(*d); }
+void midstream_rotate(const Rotary* r, int32_t threads, int32_t type) {
+    type ? rotate<bf16>(*r, threads) : rotate<float>(*r, threads);
+}
+
+void midstream_gated(const void* both, void* out, int64_t rows, int64_t width, int32_t threads, int32_t type) {
+    type ? gated<bf16>(both, out, rows, width, threads) : gated<float>(both, out, rows, width, threads);
+}
+
+void midstream_product(const Weight* w, const void* x, void* y, int64_t rows, int32_t threads, int32_t type) {
+    type ? product<bf16>(*w, x, y, rows, threads) : product<float>(*w, x, y, rows, threads);
+}
+
+// Of the product `w`, of which only the sizes are read.
+void midstream_add_deltas(const Deltas* d, const Weight* w, const void* x, void* y, int32_t threads, int32_t type) {
+    type ? add_deltas<bf16>(*d, *w, x, y, threads) : add_deltas<float>(*d, *w, x, y, threads);
+}
+
+void midstream_run_layers(const Forward* f, int32_t type) { type ? run_layers<bf16>(*f) : run_layers<float>(*f); }
 }

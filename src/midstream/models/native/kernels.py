@@ -6,21 +6,25 @@ import ctypes
 import functools
 from collections.abc import Sequence
 from ctypes import byref
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from midstream.models.deltas import DeltaContext, Part
 from midstream.models.extents import ExtentCall
-from midstream.models.kernels import Kernels, TorchKernels
+from midstream.models.kernels import Kernels, StackRun, TorchKernels
 from midstream.models.native import structs
+from midstream.models.native.attention import extent_arguments
 from midstream.models.native.build import compiled
+from midstream.models.native.deltas import FactorTables, StepDeltas
+from midstream.models.native.pack import depth_step
+from midstream.models.native.products import PackedProduct
+from midstream.models.native.stack import NativeStack, can_stack
+from midstream.models.products import Product, WeightKind
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _HEAD_DIMS = (32, 64, 96, 128, 256)
-# More adapter rows than this and torch's blocked products win over reading the factors anew for every fourth row.
-_DELTA_ROWS = 64
-_MAX_RANK = 512
 # Query vectors of a KV head up to which a range is read by these kernels: at 2,048 keys they take half of the time
 # of torch's attention for 144 query vectors, and a fifth of it for 3.
 _FEW_QUERIES = 192
@@ -32,15 +36,27 @@ class NativeKernels(TorchKernels):
     few_queries = _FEW_QUERIES
 
     def __init__(self, library: ctypes.PyDLL) -> None:
+        self._library = library
         self._attend = library.midstream_attend
         self._add_norm = library.midstream_add_norm
         self._rotate = library.midstream_rotate
         self._gated = library.midstream_gated
         self._gated.argtypes = (ctypes.c_void_p, ctypes.c_void_p, *(ctypes.c_int64,) * 2, *(ctypes.c_int32,) * 2)
         self._add_deltas = library.midstream_add_deltas
+        self._add_deltas.argtypes = (*(ctypes.c_void_p,) * 4, *(ctypes.c_int32,) * 2)
+        self._tables: dict[str, FactorTables] = {}
 
     def supports(self, dim: int) -> bool:
         return dim in _HEAD_DIMS
+
+    def product(self, weight: Tensor, bias: Tensor | None, kind: WeightKind | None) -> Product:
+        code = _TYPES[weight.dtype]
+        if weight.shape[1] % depth_step(weight.dtype) or not self._library.midstream_has_products(code):
+            return super().product(weight, bias, kind)
+        return PackedProduct(self._library, code, weight, bias, kind)
+
+    def stack(self, layers: Sequence[Any]) -> StackRun | None:
+        return NativeStack(self._library, layers) if can_stack(layers) else None
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return self._norm(x, None, 0.0, weight, eps)
@@ -52,10 +68,8 @@ class NativeKernels(TorchKernels):
         out = torch.empty_like(x)
         added = None if update is None else update.data_ptr()
         rows, dim = x.shape
-        norm = structs.Norm(
-            x.data_ptr(), added, weight.data_ptr(), out.data_ptr(), rows, dim, alpha, eps, torch.get_num_threads()
-        )
-        self._add_norm(byref(norm), _TYPES[x.dtype])
+        norm = structs.Norm(x.data_ptr(), added, weight.data_ptr(), out.data_ptr(), rows, dim, alpha, eps)
+        self._add_norm(byref(norm), torch.get_num_threads(), _TYPES[x.dtype])
         return out
 
     def rotate(self, qkv: Tensor, cosine: Tensor, sine: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> Tensor:
@@ -67,8 +81,8 @@ class NativeKernels(TorchKernels):
         query = qkv.new_empty(heads, rows, dim)
         inputs = (qkv.data_ptr(), cosine.data_ptr(), sine.data_ptr())
         outputs = (query.data_ptr(), keys.data_ptr(), values.data_ptr(), slots.data_ptr())
-        rotary = structs.Rotary(*inputs, *outputs, rows, heads, kv_heads, dim, num_slots, torch.get_num_threads())
-        self._rotate(byref(rotary), _TYPES[qkv.dtype])
+        rotary = structs.Rotary(*inputs, *outputs, rows, heads, kv_heads, dim, num_slots)
+        self._rotate(byref(rotary), torch.get_num_threads(), _TYPES[qkv.dtype])
         return query
 
     def gated(self, both: Tensor) -> Tensor:
@@ -81,12 +95,8 @@ class NativeKernels(TorchKernels):
         self, query: Tensor, keys: Tensor, values: Tensor, call: ExtentCall, scale: float
     ) -> tuple[Tensor, Tensor]:
         query = query.contiguous()  # transformers' own layers give it as a transposed view
-        heads, _, dim = query.shape
-        key = (heads, keys.shape, scale)
-        prepared = call.prepared.get(key)
-        if prepared is None:
-            prepared = call.prepared[key] = _prepare(query, keys, call, scale)
-        arguments, _ = prepared
+        heads, batch_rows, dim = query.shape
+        arguments = extent_arguments(call, keys, heads, batch_rows, scale)
         out = query.new_empty(call.rows.total, heads, dim)
         lse = torch.empty(heads, call.rows.total)
         arguments.query, arguments.keys, arguments.values = query.data_ptr(), keys.data_ptr(), values.data_ptr()
@@ -96,86 +106,16 @@ class NativeKernels(TorchKernels):
         return out, lse
 
     def add_deltas(self, x: Tensor, y: Tensor, context: DeltaContext, parts: Sequence[Part]) -> bool:
-        groups = context.groups
-        if groups[-1].end - groups[0].start > _DELTA_ROWS:
+        if x.shape[1] % depth_step(x.dtype):
             return False
-        key = parts[0].path
-        if key not in context.tables:
-            context.tables[key] = _factors(context, parts)
-        factors = context.tables[key]
-        if factors is None:
-            return False
-        owned = context.owned.get(factors.counts)
-        if owned is None:
-            owned = context.owned[factors.counts] = _owned(context, factors.counts)
+        if parts[0].path not in self._tables:
+            self._tables[parts[0].path] = FactorTables([parts])
+        step = StepDeltas(self._tables[parts[0].path], context.groups, x.dtype)
         x = x.contiguous()
-        pointers = (x.data_ptr(), y.data_ptr(), ctypes.addressof(owned), ctypes.addressof(factors.table))
-        deltas = structs.Deltas(*pointers, len(groups), x.shape[1], y.shape[1], torch.get_num_threads())
-        self._add_deltas(byref(deltas), _TYPES[x.dtype])
+        sizes = structs.Weight(None, None, None, x.shape[1], y.shape[1])
+        threads, code = torch.get_num_threads(), _TYPES[x.dtype]
+        self._add_deltas(byref(step.deltas), byref(sizes), x.data_ptr(), y.data_ptr(), threads, code)
         return True
-
-
-def _prepare(query: Tensor, keys: Tensor, call: ExtentCall, scale: float) -> tuple[structs.Attention, Tensor]:
-    """The arguments that all layers of a step share, and the memory that they point to."""
-    heads, batch_rows, dim = query.shape
-    kv_heads, slots, _ = keys.shape
-    scratch = torch.empty(call.num_partials * heads * (dim + 2))
-    plan = (call.chunks, call.chunk_rows, call.merge_first, call.merge_partial)
-    arguments = structs.Attention(
-        *(None,) * 5,
-        scratch.data_ptr(),
-        *(tensor.data_ptr() for tensor in plan),
-        len(call.chunks),
-        call.rows.total,
-        batch_rows,
-        slots,
-        heads,
-        kv_heads,
-        dim,
-        scale,
-        torch.get_num_threads(),
-    )
-    return arguments, scratch
-
-
-class _Factors:
-    """The factors of all adapters of a step for one product. `counts`: how many each adapter has there."""
-
-    def __init__(self, found: Sequence[structs.Factor], counts: tuple[int, ...], kept: list[Tensor]) -> None:
-        self.table = (structs.Factor * max(len(found), 1))(*found)
-        self.counts = counts
-        self._kept = kept  # the table points into these
-
-
-def _factors(context: DeltaContext, parts: Sequence[Part]) -> _Factors | None:
-    """None where an adapter's layer is not served."""
-    found: list[structs.Factor] = []
-    counts: list[int] = []
-    kept: list[Tensor] = []
-    for group in context.groups:
-        before = len(found)
-        for part in parts:
-            weights = group.weights.get(part.path)
-            if weights is None:
-                continue
-            a, b_t = weights.a.contiguous(), weights.b.t().contiguous()
-            rank = a.shape[0]
-            if rank > _MAX_RANK:
-                return None
-            kept += [a, b_t]
-            found.append(structs.Factor(a.data_ptr(), b_t.data_ptr(), rank, part.out, part.offset, weights.scale))
-        counts.append(len(found) - before)
-    return _Factors(found, tuple(counts), kept)
-
-
-def _owned(context: DeltaContext, counts: tuple[int, ...]) -> ctypes.Array[structs.Owned]:
-    """Which rows get which factors, in the order of the table."""
-    first = 0
-    owned: list[structs.Owned] = []
-    for group, count in zip(context.groups, counts, strict=True):
-        owned.append(structs.Owned(group.start, group.end, first, count))
-        first += count
-    return (structs.Owned * len(owned))(*owned)
 
 
 @functools.cache

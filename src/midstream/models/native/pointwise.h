@@ -1,11 +1,10 @@
-// What stands between a layer's matrix products: norms, rotary positions, the gated activation.
+// What stands between a layer's matrix products: norms, rotary positions, the gated activation. All functions are for
+// all threads of a team.
 #pragma once
 
 #include <cmath>
 
 #include "vector.h"
-
-constexpr int64_t SERIAL = 1 << 15;  // numbers below which waking a second thread costs more than it saves
 
 // residual += alpha * update (where there is one); out = residual / rms(residual) * weight. All [rows, dim].
 struct Norm {
@@ -15,15 +14,14 @@ struct Norm {
     void* out;
     int64_t rows, dim;
     float alpha, eps;
-    int32_t threads;
 };
 
 template <typename T>
-void add_norm(const Norm& n) {
+void add_norm_in_team(const Norm& n) {
     const int64_t dim = n.dim;
     const float alpha = n.alpha;
     const T* weight = (const T*)n.weight;
-#pragma omp parallel for num_threads(n.threads) if (n.rows * dim > SERIAL) schedule(static)
+#pragma omp for schedule(static)
     for (int64_t r = 0; r < n.rows; r++) {
         T *x = (T*)n.residual + r * dim, *y = (T*)n.out + r * dim;
         const T* u = n.update ? (const T*)n.update + r * dim : nullptr;
@@ -55,7 +53,6 @@ struct Rotary {
     void* values;
     const int64_t* write;  // by row: its slot
     int64_t rows, heads, kv_heads, dim, slots;
-    int32_t threads;
 };
 
 template <typename T>
@@ -69,9 +66,9 @@ inline void rotate(const T* from, const T* cosine, const T* sine, T* to, int64_t
 }
 
 template <typename T>
-void rotate_and_write(const Rotary& r) {
+void rotate_in_team(const Rotary& r) {
     const int64_t width = (r.heads + 2 * r.kv_heads) * r.dim;
-#pragma omp parallel for num_threads(r.threads) if (r.rows * width > SERIAL) schedule(static)
+#pragma omp for schedule(static)
     for (int64_t row = 0; row < r.rows; row++) {
         const T* from = (const T*)r.qkv + row * width;
         const T *cosine = (const T*)r.cosine + row * r.dim, *sine = (const T*)r.sine + row * r.dim;
@@ -86,9 +83,9 @@ void rotate_and_write(const Rotary& r) {
 
 // out = silu(gate) * up, of [rows, 2 width] that holds both side by side.
 template <typename T>
-void gated(const T* both, T* out, int64_t rows, int64_t width, int32_t threads) {
+void gated_in_team(const T* both, T* out, int64_t rows, int64_t width) {
     const int64_t whole = width / LANES * LANES;
-#pragma omp parallel for num_threads(threads) if (rows * width > SERIAL) schedule(static)
+#pragma omp for schedule(static)
     for (int64_t r = 0; r < rows; r++) {
         const T *gate = both + 2 * r * width, *up = gate + width;
         T* to = out + r * width;
@@ -100,5 +97,18 @@ void gated(const T* both, T* out, int64_t rows, int64_t width, int32_t threads) 
             const float g = one(gate + d);
             put(to + d, g / (1 + std::exp(-g)) * one(up + d));
         }
+    }
+}
+
+// x += alpha * update, both [rows, dim].
+template <typename T>
+void add_in_team(T* x, const T* update, float alpha, int64_t rows, int64_t dim) {
+    const int64_t whole = dim / LANES * LANES;
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < rows; r++) {
+        T* to = x + r * dim;
+        const T* from = update + r * dim;
+        for (int64_t d = 0; d < whole; d += LANES) store(to + d, load(to + d) + alpha * load(from + d));
+        for (int64_t d = whole; d < dim; d++) put(to + d, one(to + d) + alpha * one(from + d));
     }
 }

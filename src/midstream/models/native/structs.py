@@ -22,7 +22,6 @@ class Norm(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("rows", "dim")),
         ("alpha", ctypes.c_float),
         ("eps", ctypes.c_float),
-        ("threads", ctypes.c_int32),
     )
 
 
@@ -30,25 +29,55 @@ class Rotary(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("qkv", "cosine", "sine", "query", "keys", "values", "write")),
         *((name, ctypes.c_int64) for name in ("rows", "heads", "kv_heads", "dim", "slots")),
-        ("threads", ctypes.c_int32),
+    )
+
+
+class Weight(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("panels", "bias", "scales")),
+        *((name, ctypes.c_int64) for name in ("in_", "out")),
     )
 
 
 class Factor(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("a", "b_t")),
-        *((name, ctypes.c_int64) for name in ("rank", "out", "offset")),
-        ("scale", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("a", "b")),
+        *((name, ctypes.c_int64) for name in ("depth", "out", "offset", "down")),
+        ("scale", ctypes.c_float),
     )
 
 
+class Factors(ctypes.Structure):
+    _fields_ = (("first", ctypes.c_void_p), ("count", ctypes.c_int64))
+
+
 class Owned(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_int64) for name in ("start", "end", "first", "count"))
+    _fields_ = (("start", ctypes.c_int64), ("end", ctypes.c_int64), ("products", ctypes.c_void_p))
 
 
 class Deltas(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "y", "owned", "factors")),
-        *((name, ctypes.c_int64) for name in ("num_owned", "in_", "width")),
+        *((name, ctypes.c_void_p) for name in ("owned", "down")),
+        *((name, ctypes.c_int64) for name in ("num_owned", "down_width")),
+    )
+
+
+class Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("first_norm", "second_norm")),
+        *((name, Weight) for name in ("qkv", "o", "gate_up", "down")),
+        ("first_eps", ctypes.c_float),
+        ("second_eps", ctypes.c_float),
+    )
+
+
+class Forward(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "normed", "update", "qkv", "query", "attended", "both", "gated")),
+        *((name, ctypes.c_void_p) for name in ("cosine", "sine", "write", "layers", "keys", "values", "attention")),
+        ("deltas", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("num_layers", "rows", "hidden", "heads", "kv_heads", "dim", "slots")),
+        ("width", ctypes.c_int64),
+        ("residual_scale", ctypes.c_float),
         ("threads", ctypes.c_int32),
     )

@@ -8,10 +8,15 @@
 #include "vector.h"
 
 // A panel holds PANEL columns of a matrix [depth, columns], in the order in which its numbers are used: float32
-// [depth][PANEL]; bfloat16 [depth / 2][PANEL][2], neighbours in depth side by side.
+// [depth][PANEL]; bfloat16 [depth / 2][PANEL][2], neighbours in depth side by side. Eight-bit weights lie as the numbers
+// that they are multiplied with do.
 constexpr int PANEL = 2 * LANES;
 // Rows whose accumulators fit the registers.
+#ifdef __AVX512F__
 constexpr int TILE = 12;
+#else
+constexpr int TILE = 2;
+#endif
 
 // Whether these products are worth their packing: where the registers are wide, and multiply the type themselves.
 template <typename T>
@@ -25,16 +30,16 @@ constexpr bool has_products() {
 #endif
 }
 
-// One step in depth: total[row] += a[row] · panel.
-template <typename T>
+// One step in depth: total[row] += a[row] · panel, of weights of type W.
+template <typename T, typename W>
 struct Step;
 
-template <>
-struct Step<float> {
+template <typename W>
+struct Step<float, W> {
     static constexpr int DEPTH = 1;
 
     template <int ROWS>
-    static inline void add(const float* a, int64_t stride, const float* panel, vf (*total)[2]) {
+    static inline void add(const float* a, int64_t stride, const W* panel, vf (*total)[2]) {
         const vf left = load(panel), right = load(panel + LANES);
         for (int r = 0; r < ROWS; r++) {
             const vf number = all(a[r * stride]);
@@ -44,14 +49,23 @@ struct Step<float> {
     }
 };
 
-template <>
-struct Step<bf16> {
+#ifdef __AVX512BF16__
+inline __m512bh load_pairs(const bf16* from) { return (__m512bh)_mm512_loadu_si512(from); }
+
+// Whole numbers up to 127 are bfloat16s without rounding.
+inline __m512bh load_pairs(const int8_t* from) {
+    const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
+    const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(from + LANES))));
+    return _mm512_cvtne2ps_pbh(high, low);
+}
+
+template <typename W>
+struct Step<bf16, W> {
     static constexpr int DEPTH = 2;
 
-#ifdef __AVX512BF16__
     template <int ROWS>
-    static inline void add(const bf16* a, int64_t stride, const bf16* panel, vf (*total)[2]) {
-        const auto left = (__m512bh)_mm512_loadu_si512(panel), right = (__m512bh)_mm512_loadu_si512(panel + PANEL);
+    static inline void add(const bf16* a, int64_t stride, const W* panel, vf (*total)[2]) {
+        const __m512bh left = load_pairs(panel), right = load_pairs(panel + PANEL);
         for (int r = 0; r < ROWS; r++) {
             int32_t bits;
             std::memcpy(&bits, a + r * stride, sizeof bits);
@@ -60,26 +74,51 @@ struct Step<bf16> {
             total[r][1] = (vf)_mm512_dpbf16_ps((__m512)total[r][1], pair, right);
         }
     }
+};
 #else
+template <typename W>
+struct Step<bf16, W> {
+    static constexpr int DEPTH = 2;
+
     template <int ROWS>
-    static inline void add(const bf16* a, int64_t stride, const bf16* panel, vf (*total)[2]) {
+    static inline void add(const bf16* a, int64_t stride, const W* panel, vf (*total)[2]) {
         for (int half = 0; half < 2; half++) {
-            vu pairs;
-            std::memcpy(&pairs, panel + half * PANEL, sizeof pairs);
-            const vf even = (vf)(pairs << 16), odd = (vf)(pairs & 0xffff0000u);
+            const vf low = load(panel + half * PANEL), high = load(panel + half * PANEL + LANES);
+            const vf even = evens(low, high), odd = odds(low, high);
             for (int r = 0; r < ROWS; r++)
                 total[r][half] += one(a + r * stride) * even + one(a + r * stride + 1) * odd;
         }
     }
-#endif
 };
+#endif
 
 // Rows of a [ROWS, depth], `stride` apart, times a panel; done(row, left, right) gets the two halves of each result.
-template <typename T, int ROWS, typename Done>
-inline void multiply_tile(const T* a, int64_t stride, const T* panel, int64_t depth, Done done) {
+// The result of a row is the same whatever the number of rows.
+template <typename T, int ROWS, typename W, typename Done>
+inline void multiply_tile(const T* a, int64_t stride, const W* panel, int64_t depth, Done done) {
     vf total[ROWS][2] = {};
 #pragma GCC unroll 4
-    for (int64_t k = 0; k < depth; k += Step<T>::DEPTH)
-        Step<T>::template add<ROWS>(a + k, stride, panel + k * PANEL, total);
+    for (int64_t k = 0; k < depth; k += Step<T, W>::DEPTH)
+        Step<T, W>::template add<ROWS>(a + k, stride, panel + k * PANEL, total);
     for (int r = 0; r < ROWS; r++) done(r, total[r][0], total[r][1]);
+}
+
+// The same for `count` rows, which is at most ROWS.
+template <typename T, int ROWS, typename W, typename Done>
+inline void multiply_up_to(int64_t count, const T* a, int64_t stride, const W* panel, int64_t depth, Done done) {
+    if constexpr (ROWS > 1) {
+        if (count < ROWS) return multiply_up_to<T, ROWS - 1>(count, a, stride, panel, depth, done);
+    }
+    multiply_tile<T, ROWS>(a, stride, panel, depth, done);
+}
+
+// The same for any number of rows: in as few tiles as there can be, of even sizes.
+template <typename T, typename W, typename Done>
+inline void multiply_rows(const T* a, int64_t stride, int64_t rows, const W* panel, int64_t depth, Done done) {
+    for (int64_t row = 0; row < rows;) {
+        const int64_t left = rows - row, tiles = (left + TILE - 1) / TILE, count = (left + tiles - 1) / tiles;
+        multiply_up_to<T, TILE>(count, a + row * stride, stride, panel, depth,
+                                [&](int r, vf low, vf high) { done(row + r, low, high); });
+        row += count;
+    }
 }

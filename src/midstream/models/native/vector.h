@@ -10,6 +10,7 @@ typedef float vf4 __attribute__((vector_size(16)));
 typedef int32_t vi __attribute__((vector_size(64)));
 typedef uint32_t vu __attribute__((vector_size(64)));
 typedef uint16_t vh __attribute__((vector_size(32)));
+typedef int8_t vc __attribute__((vector_size(16)));
 
 constexpr int LANES = 16;
 
@@ -29,6 +30,12 @@ inline vf load(const bf16* from) {
     std::memcpy(&half, from, sizeof half);
     const vu bits = __builtin_convertvector(half, vu) << 16;
     return (vf)bits;
+}
+
+inline vf load(const int8_t* from) {
+    vc whole;
+    std::memcpy(&whole, from, sizeof whole);
+    return __builtin_convertvector(__builtin_convertvector(whole, vi), vf);
 }
 
 inline void store(float* to, vf v) { std::memcpy(to, &v, sizeof v); }
@@ -59,6 +66,15 @@ inline void put(bf16* to, float value) {
     std::memcpy(&bits, &value, sizeof bits);
     const bool is_nan = value != value;
     to->bits = uint16_t(is_nan ? (bits >> 16) | 0x40u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+// Every second number of two vectors.
+inline vf evens(vf a, vf b) {
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+}
+
+inline vf odds(vf a, vf b) {
+    return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
 
 inline vf all(float value) { return value - vf{}; }

@@ -1,0 +1,79 @@
+// All decoder layers of a model in one call: norm, attention with rotary positions, norm, gated perceptron.
+#pragma once
+
+#include "attention.h"
+#include "delta.h"
+#include "pointwise.h"
+#include "product.h"
+
+struct Layer {
+    const void *first_norm, *second_norm;
+    Weight qkv, o, gate_up, down;
+    float first_eps, second_eps;
+};
+
+// One step: what its rows are, and memory for what lies between the products.
+struct Forward {
+    void* x;  // [rows, hidden], changed in place
+    void *normed, *update;  // [rows, hidden]
+    void* qkv;              // [rows, (heads + 2 kv_heads) dim]
+    void *query, *attended;  // [heads, rows, dim], [rows, heads, dim]
+    void *both, *gated;      // [rows, 2 width], [rows, width]
+    const void *cosine, *sine;  // [rows, dim]
+    const int64_t* write;       // by row: its slot
+    const Layer* layers;
+    void *const *keys, *const *values;   // by layer: [kv_heads, slots, dim]
+    const Attention* const* attention;   // by layer: all but what is in this struct
+    const Deltas* deltas;                // whose products are each layer's four in turn; or none
+    int64_t num_layers, rows, hidden, heads, kv_heads, dim, slots, width;
+    float residual_scale;
+    int32_t threads;
+};
+
+template <typename T>
+class LayerRun {
+  public:
+    explicit LayerRun(const Forward& forward) : f(forward) {}
+
+    // For all threads of a team.
+    void layer(int64_t index) const {
+        const Layer& layer = f.layers[index];
+        const int64_t first = 4 * index;
+        const float scale = f.residual_scale;
+        add_norm_in_team<T>({f.x, nullptr, layer.first_norm, f.normed, f.rows, f.hidden, 0, layer.first_eps});
+        product(layer.qkv, first, f.normed, f.qkv);
+        rotate_in_team<T>({f.qkv, f.cosine, f.sine, f.query, f.keys[index], f.values[index], f.write, f.rows, f.heads,
+                           f.kv_heads, f.dim, f.slots});
+        attend(index);
+        product(layer.o, first + 1, f.attended, f.update);
+        add_norm_in_team<T>({f.x, f.update, layer.second_norm, f.normed, f.rows, f.hidden, scale, layer.second_eps});
+        product(layer.gate_up, first + 2, f.normed, f.both);
+        gated_in_team<T>((const T*)f.both, (T*)f.gated, f.rows, f.width);
+        product(layer.down, first + 3, f.gated, f.update);
+        add_in_team<T>((T*)f.x, (const T*)f.update, scale, f.rows, f.hidden);
+    }
+
+  private:
+    void product(const Weight& weight, int64_t number, const void* x, void* y) const {
+        product_in_team<T>(weight, (const T*)x, (T*)y, f.rows, f.threads);
+        if (f.deltas) ProductDeltas<T>(*f.deltas, number, weight).add((const T*)x, (T*)y);
+    }
+
+    void attend(int64_t index) const {
+        Attention a = *f.attention[index];
+        a.query = f.query;
+        a.keys = f.keys[index];
+        a.values = f.values[index];
+        a.out = f.attended;
+        attend_in_team<T>(a);
+    }
+
+    const Forward& f;
+};
+
+template <typename T>
+void run_layers(const Forward& f) {
+    const LayerRun<T> run(f);
+#pragma omp parallel num_threads(f.threads)
+    for (int64_t i = 0; i < f.num_layers; i++) run.layer(i);
+}

@@ -1,0 +1,129 @@
+"""All decoder layers of a model in one call of the compiled kernels."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import byref
+
+import torch
+from torch import Tensor
+
+from midstream.models.attention_plan import AttentionPlan
+from midstream.models.deltas import DeltaContext
+from midstream.models.extents import ExtentCall
+from midstream.models.layer import FusedLayer
+from midstream.models.native import structs
+from midstream.models.native.attention import extent_arguments
+from midstream.models.native.deltas import FactorTables, StepDeltas
+from midstream.models.native.products import PackedProduct
+from midstream.models.pool import ForwardPlan, KVPool
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def can_stack(layers: Sequence[FusedLayer]) -> bool:
+    """Whether the layers are alike, and all their products ones that the kernels compute."""
+    packed = all(isinstance(linear.product, PackedProduct) for layer in layers for linear in layer.linears)
+    return packed and len({_likeness(layer) for layer in layers}) == 1
+
+
+def _likeness(layer: FusedLayer) -> tuple[object, ...]:
+    shape = layer.shape
+    sizes = tuple((linear.out_features, linear.in_features) for linear in layer.linears)
+    return shape.heads, shape.kv_heads, shape.dim, layer.residual_scale, sizes
+
+
+class NativeStack:
+    """The layers of one model, on whatever pool the plan has."""
+
+    def __init__(self, library: ctypes.PyDLL, layers: Sequence[FusedLayer]) -> None:
+        self._run = library.midstream_run_layers
+        self._layers = tuple(layers)
+        self._table = (structs.Layer * len(layers))(*map(_layer, layers))
+        self._factors = FactorTables([linear.parts for layer in layers for linear in layer.linears])
+        self._memory = torch.empty(0)
+        self._pool: KVPool | None = None
+        self._keys = self._values = (ctypes.c_void_p * 0)()
+
+    def __call__(self, x: Tensor, positions: tuple[Tensor, Tensor], plan: ForwardPlan, context: DeltaContext) -> bool:
+        calls = _extent_calls(self._layers, plan.attention)
+        if calls is None or not x.is_contiguous():
+            return False
+        self._use(plan.pool)
+        rows = x.shape[0]
+        cosine, sine = (part.contiguous() for part in positions)
+        deltas = StepDeltas(self._factors, context.groups, x.dtype) if context.groups else None
+        lse = torch.empty(self._layers[0].shape.heads, rows)
+        attention = self._attention(calls, plan.pool, rows, lse)
+        forward = structs.Forward(
+            x.data_ptr(),
+            *self._work(x),
+            cosine.data_ptr(),
+            sine.data_ptr(),
+            plan.attention.write_slots.data_ptr(),
+            ctypes.addressof(self._table),
+            ctypes.addressof(self._keys),
+            ctypes.addressof(self._values),
+            ctypes.addressof(attention),
+            None if deltas is None else ctypes.addressof(deltas.deltas),
+            *self._sizes(x, plan.pool),
+            self._layers[0].residual_scale,
+            torch.get_num_threads(),
+        )
+        self._run(byref(forward), _TYPES[x.dtype])
+        return True
+
+    def _use(self, pool: KVPool) -> None:
+        if pool is not self._pool:
+            self._pool = pool
+            keys = [pool.keys[layer.index].data_ptr() for layer in self._layers]
+            values = [pool.values[layer.index].data_ptr() for layer in self._layers]
+            self._keys, self._values = (ctypes.c_void_p * len(keys))(*keys), (ctypes.c_void_p * len(keys))(*values)
+
+    def _attention(
+        self, calls: Sequence[ExtentCall], pool: KVPool, rows: int, lse: Tensor
+    ) -> ctypes.Array[ctypes.c_void_p]:
+        addresses = []
+        for layer, call in zip(self._layers, calls, strict=True):
+            shape = layer.shape
+            arguments = extent_arguments(call, pool.keys[layer.index], shape.heads, rows, shape.scale)
+            arguments.lse = lse.data_ptr()
+            addresses.append(ctypes.addressof(arguments))
+        return (ctypes.c_void_p * len(addresses))(*addresses)
+
+    def _work(self, x: Tensor) -> list[int]:
+        """Addresses of the memory for what lies between the products: normed, update, qkv, query, …"""
+        first, shape = self._layers[0], self._layers[0].shape
+        hidden, width, attended = x.shape[1], first.down.in_features, shape.heads * shape.dim
+        widths = (hidden, hidden, first.qkv.out_features, attended, attended, 2 * width, width)
+        needed = x.shape[0] * sum(widths)
+        if self._memory.dtype != x.dtype or self._memory.numel() < needed:
+            self._memory = torch.empty(needed, dtype=x.dtype)
+        addresses = [self._memory.data_ptr()]
+        for wide in widths[:-1]:
+            addresses.append(addresses[-1] + x.shape[0] * wide * x.element_size())
+        return addresses
+
+    def _sizes(self, x: Tensor, pool: KVPool) -> tuple[int, ...]:
+        first, shape = self._layers[0], self._layers[0].shape
+        rows, hidden = x.shape
+        width = first.down.in_features
+        return (len(self._layers), rows, hidden, shape.heads, shape.kv_heads, shape.dim, pool.num_slots, width)
+
+
+def _layer(layer: FusedLayer) -> structs.Layer:
+    weights = [linear.product.weight for linear in layer.linears if isinstance(linear.product, PackedProduct)]
+    first, second = layer.first_norm, layer.second_norm
+    return structs.Layer(first.weight.data_ptr(), second.weight.data_ptr(), *weights, first.eps, second.eps)
+
+
+def _extent_calls(layers: Sequence[FusedLayer], plan: AttentionPlan) -> list[ExtentCall] | None:
+    """Each layer's attention, where it is one call of all rows."""
+    found: list[ExtentCall] = []
+    for layer in layers:
+        calls = plan.calls(layer.shape.window)
+        if len(calls) != 1 or not isinstance(calls[0], ExtentCall) or calls[0].rows.total != plan.num_rows:
+            return None
+        found.append(calls[0])
+    return found

@@ -41,7 +41,7 @@ class ModelFacts:
             dtype=loaded.dtype,
             device=loaded.device,
             linear_shapes=loaded.linear_shapes,
-            weight_bytes=(linear + head) * loaded.dtype.itemsize,
+            weight_bytes=(linear + head) * (1 if loaded.weights == "int8" else loaded.dtype.itemsize),
             layer_bytes=[KVPool.bytes_per_slot([shape], loaded.dtype) for shape in loaded.kv_shapes],
             windows=_windows(config, len(loaded.kv_shapes)),
         )

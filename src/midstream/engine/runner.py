@@ -44,17 +44,16 @@ class Runner:
         groups = [DeltaGroup(digest, a, b, self._weights_of(digest)) for digest, a, b in step.groups]
         self._loaded.deltas.set(groups)
         try:
-            output = self._loaded.model(
-                input_ids=torch.tensor([tokens], device=device),
-                position_ids=torch.tensor([positions], device=device),
-                use_cache=False,
+            logits = self._loaded.forward(
+                torch.tensor(tokens, device=device),
+                torch.tensor(positions, device=device),
                 # A step of nothing but prefill needs no logits; one row keeps every head's shape legal.
-                logits_to_keep=torch.tensor(rows or [0], device=device),
-                midstream_plan=ForwardPlan(attention, self._pool, self._loaded.kernels),
+                torch.tensor(rows or [0], device=device),
+                ForwardPlan(attention, self._pool, self._loaded.kernels),
             )
         finally:
             self._loaded.deltas.set(())
-        return _by_branch(step, output.logits[0].float())
+        return _by_branch(step, logits)
 
 
 def _by_branch(step: Step, logits: Tensor) -> dict[Branch, Tensor]:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from midstream.models.deltas import DeltaContext, Part
 from midstream.models.extents import ExtentCall
-from midstream.models.products import Product, WeightKind, torch_product
+from midstream.models.products import Product, WeightKind, WideProduct, torch_product
 
 if TYPE_CHECKING:
     from midstream.models.pool import ForwardPlan
@@ -37,8 +37,11 @@ class Kernels(Protocol):
         """Whether heads of this size can be attended."""
         ...
 
-    def product(self, weight: Tensor, bias: Tensor | None, kind: WeightKind | None) -> Product:
-        """The product with a weight [out, in], kept in the layout (and, with `kind`, the numbers) that suits best."""
+    def product(self, weight: Tensor, bias: Tensor | None, kind: WeightKind | None, *, wide: bool = False) -> Product:
+        """The product with a weight [out, in], kept in the layout (and, with `kind`, the numbers) that suits best.
+
+        `wide`: its result is of float32, whatever the type of what goes in.
+        """
         ...
 
     def stack(self, layers: Sequence[Any]) -> StackRun | None:
@@ -84,8 +87,9 @@ class TorchKernels:
     def supports(self, dim: int) -> bool:
         return False
 
-    def product(self, weight: Tensor, bias: Tensor | None, kind: WeightKind | None) -> Product:
-        return torch_product(weight, bias, kind)
+    def product(self, weight: Tensor, bias: Tensor | None, kind: WeightKind | None, *, wide: bool = False) -> Product:
+        product = torch_product(weight, bias, kind)
+        return WideProduct(product) if wide else product
 
     def stack(self, layers: Sequence[Any]) -> StackRun | None:
         return None

@@ -24,8 +24,10 @@ class AdapterLinear(nn.Module):
         context: DeltaContext,
         kernels: Kernels,
         kind: WeightKind | None = None,
+        *,
+        wide: bool = False,
     ) -> None:
-        """`layers` by module path; their outputs stand side by side, in this order."""
+        """`layers` by module path; their outputs stand side by side, in this order; `wide`: in float32."""
         super().__init__()
         self.context = context
         self.kernels = kernels
@@ -35,7 +37,7 @@ class AdapterLinear(nn.Module):
         weight = _joined([layer.weight for layer in layers.values()], self.parts)
         assert weight is not None
         bias = _joined([layer.bias for layer in layers.values()], self.parts)
-        self.product = kernels.product(weight.detach(), None if bias is None else bias.detach(), kind)
+        self.product = kernels.product(weight.detach(), None if bias is None else bias.detach(), kind, wide=wide)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., rows, in] → [..., rows, out]."""
@@ -80,7 +82,7 @@ def wrap_linears(
 ) -> dict[str, tuple[int, int]]:
     """Put an AdapterLinear in place of every nn.Linear; return the paths and (out, in) of all but the output head.
 
-    No adapter changes the head. It keeps its plain weight where that is the embedding too.
+    No adapter changes the head, and its logits are of float32. It keeps its plain weight where that is the embedding.
     """
     shapes: dict[str, tuple[int, int]] = {}
     for path, module in list(model.named_modules()):
@@ -90,6 +92,6 @@ def wrap_linears(
         head = path == "lm_head"
         if not head:
             shapes[path] = (module.out_features, module.in_features)
-        linear = AdapterLinear({path: module}, DeltaContext() if head else context, kernels, kind)
+        linear = AdapterLinear({path: module}, DeltaContext() if head else context, kernels, kind, wide=head)
         setattr(parent, path.rpartition(".")[2], linear)
     return shapes

@@ -15,12 +15,13 @@ from midstream.models.attention import NAME
 from midstream.models.attention_plan import AttentionPlan, RowSegment
 from midstream.models.chat import ChatTokenizer
 from midstream.models.deltas import DeltaContext
+from midstream.models.forward import Forward, ModelForward, agree, direct_forward
 from midstream.models.fuse import Watched, few_rows, fuse_layers, stack_layers
 from midstream.models.fusions import fuse_norms
 from midstream.models.kernels import Kernels, TorchKernels
 from midstream.models.linear import wrap_linears
 from midstream.models.native.kernels import pick_kernels
-from midstream.models.pool import AttentionShape, ForwardPlan, ProbePool
+from midstream.models.pool import AttentionShape, ForwardPlan, KVPool, ProbePool
 from midstream.models.products import WeightKind, can_pack
 from midstream.models.source import loading_bars, resolve
 
@@ -28,17 +29,21 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 _PROBE_TOKENS = 12
 # Largest difference between our logits and transformers' own in the probe, relative to the largest logit.
 _PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+# The same between two ways through one prepared model.
+_SAME = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
     """A base model ready for the engine. `linear_shapes`: (out, in) of each adaptable layer by module path.
 
+    `weights`: what its linear layers' weights were rounded to, None where they are as the model has them;
     `few_rows`: the most rows that share a range in an attention call that `kernels` serve.
     """
 
     name: str
     model: nn.Module
+    forward: Forward
     chat: ChatTokenizer
     deltas: DeltaContext
     kernels: Kernels
@@ -49,12 +54,20 @@ class LoadedModel:
     max_context_tokens: int
     dtype: torch.dtype
     device: torch.device
+    weights: WeightKind | None
 
 
 def load_model(
-    model: str | Path, *, dtype: str | None = None, device: str | None = None, progress: bool = False
+    model: str | Path,
+    *,
+    dtype: str | None = None,
+    device: str | None = None,
+    weights: WeightKind | None = None,
+    progress: bool = False,
 ) -> LoadedModel:
     """Load a known name, a Hugging Face folder or hub id, or a GGUF file.
+
+    `weights`: what to round the linear layers' weights to; None leaves them as the model has them.
 
     Raises ModelError when it cannot be found, read or served, with the reason.
     """
@@ -64,7 +77,8 @@ def load_model(
     chat = ChatTokenizer.from_folder(folder)
     with loading_bars(progress):
         network = _from_folder(folder, kind)
-    return prepare(network.to(target), chat, name=Path(str(model)).stem if Path(model).exists() else str(model))
+    name = Path(str(model)).stem if Path(model).exists() else str(model)
+    return prepare(network.to(target), chat, name=name, weights=weights)
 
 
 def prepare(
@@ -91,20 +105,40 @@ def prepare(
         shapes = fuse_layers(network, watched, attention, deltas, kernels, weights)
         stack_layers(network, kernels)
         shapes |= wrap_linears(network, deltas, kernels, weights)
+    few = few_rows(kernels, list(attention.values()))
     return LoadedModel(
         name=name,
         model=network,
+        forward=_pick_forward(network, kernels, few, list(attention.values())),
         chat=chat,
         deltas=deltas,
         kernels=kernels,
-        few_rows=few_rows(kernels, list(attention.values())),
+        few_rows=few,
         linear_shapes=shapes,
         kv_shapes=[(attention[layer].kv_heads, attention[layer].dim) for layer in sorted(attention)],
         vocab_size=config.vocab_size,
         max_context_tokens=int(getattr(config, "max_position_embeddings", 0) or 4096),
         dtype=dtype,
         device=device,
+        weights=weights,
     )
+
+
+def _pick_forward(network: Any, kernels: Kernels, few: int, shapes: list[AttentionShape]) -> Forward:
+    """The direct one where there is one and it gives what the model itself gives."""
+    own = ModelForward(network)
+    direct = direct_forward(network, kernels)
+    if direct is None:
+        return own
+    tokens = _probe_tokens(network)
+    pool = KVPool([(shape.kv_heads, shape.dim) for shape in shapes], len(tokens), network.dtype, network.device)
+    segment = RowSegment(row=0, count=len(tokens), position=0, slot=0, seen=())
+    plan = AttentionPlan((segment,), network.dtype, network.device, len(tokens), few)
+    return direct if agree(direct, own, tokens, ForwardPlan(plan, pool, kernels), _SAME[network.dtype]) else own
+
+
+def _probe_tokens(network: Any) -> Tensor:
+    return torch.arange(_PROBE_TOKENS, device=network.device) * 7 % network.config.get_text_config().vocab_size
 
 
 def pick_device(device: str | None) -> torch.device:
@@ -170,7 +204,7 @@ def _probe(network: Any, config: Any, watched: Watched) -> dict[int, AttentionSh
     This finds what no list of architectures can: layers that do not call the attention function, arguments that it
     does not implement, a plan that is not passed through.
     """
-    ids = torch.arange(_PROBE_TOKENS, device=network.device) * 7 % config.vocab_size
+    ids = _probe_tokens(network)
     with watched.watching():
         reference = _logits(network, ids)
     fuse_norms(network)

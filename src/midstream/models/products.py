@@ -48,6 +48,16 @@ class OneDnnProduct:
         return y if padded == rows else y.narrow(-2, 0, rows)
 
 
+class WideProduct:
+    """Another product, with its result in float32."""
+
+    def __init__(self, product: Product) -> None:
+        self._product = product
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._product(x).float()
+
+
 class Int8Weight(NamedTuple):
     """A weight as whole numbers of -127 … 127 [out, in], and what one of them is worth in each output [out]."""
 

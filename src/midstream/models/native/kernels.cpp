@@ -38,7 +38,7 @@ void gated(const void* both, void* out, int64_t rows, int64_t width, int32_t thr
 template <typename T>
 void product(const Weight& w, const void* x, void* y, int64_t rows, int32_t threads) {
 #pragma omp parallel num_threads(threads)
-    product_in_team<T>(w, (const T*)x, (T*)y, rows, threads);
+    product_in_team<T>(w, (const T*)x, y, rows, threads);
 }
 
 template <typename T>

@@ -49,11 +49,11 @@ class NativeKernels(TorchKernels):
     def supports(self, dim: int) -> bool:
         return dim in _HEAD_DIMS
 
-    def product(self, weight: Tensor, bias: Tensor | None, kind: WeightKind | None) -> Product:
+    def product(self, weight: Tensor, bias: Tensor | None, kind: WeightKind | None, *, wide: bool = False) -> Product:
         code = _TYPES[weight.dtype]
         if weight.shape[1] % depth_step(weight.dtype) or not self._library.midstream_has_products(code):
-            return super().product(weight, bias, kind)
-        return PackedProduct(self._library, code, weight, bias, kind)
+            return super().product(weight, bias, kind, wide=wide)
+        return PackedProduct(self._library, code, weight, bias, kind, wide=wide)
 
     def stack(self, layers: Sequence[Any]) -> StackRun | None:
         return NativeStack(self._library, layers) if can_stack(layers) else None
@@ -112,7 +112,7 @@ class NativeKernels(TorchKernels):
             self._tables[parts[0].path] = FactorTables([parts])
         step = StepDeltas(self._tables[parts[0].path], context.groups, x.dtype)
         x = x.contiguous()
-        sizes = structs.Weight(None, None, None, x.shape[1], y.shape[1])
+        sizes = structs.Weight(None, None, None, x.shape[1], y.shape[1], 0)
         threads, code = torch.get_num_threads(), _TYPES[x.dtype]
         self._add_deltas(byref(step.deltas), byref(sizes), x.data_ptr(), y.data_ptr(), threads, code)
         return True

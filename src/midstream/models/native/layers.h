@@ -55,7 +55,7 @@ class LayerRun {
 
   private:
     void product(const Weight& weight, int64_t number, const void* x, void* y) const {
-        product_in_team<T>(weight, (const T*)x, (T*)y, f.rows, f.threads);
+        product_in_team<T>(weight, (const T*)x, y, f.rows, f.threads);
         if (f.deltas) ProductDeltas<T>(*f.deltas, number, weight).add((const T*)x, (T*)y);
     }
 

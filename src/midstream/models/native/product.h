@@ -11,6 +11,7 @@ struct Weight {
     const void* bias;  // [out], or none
     const float* scales;
     int64_t in, out;
+    int64_t wide;  // whether y is of float32 where x is not
 };
 
 constexpr int64_t CACHED = 512 * 1024;  // bytes of x that stay in a core's cache while panels pass by
@@ -41,20 +42,24 @@ inline void get_panel(const T* from, int64_t columns, vf& left, vf& right) {
 }
 
 template <typename T>
-inline void times_panel(const Weight& w, const T* x, T* y, int64_t rows, int64_t panel) {
+inline void times_panel(const Weight& w, const T* x, void* y, int64_t rows, int64_t panel) {
     const int64_t column = panel * PANEL, columns = w.out - column;
+    const auto put = [&](int64_t r, vf left, vf right) {
+        const int64_t place = r * w.out + column;
+        w.wide ? put_panel((float*)y + place, left, right, columns) : put_panel((T*)y + place, left, right, columns);
+    };
     vf bias[2] = {}, scale[2];
     if (w.bias) get_panel((const T*)w.bias + column, columns, bias[0], bias[1]);
     if (!w.scales) {
         const auto done = [&](int64_t r, vf left, vf right) {
-            put_panel(y + r * w.out + column, left + bias[0], right + bias[1], columns);
+            put(r, left + bias[0], right + bias[1]);
         };
         multiply_rows(x, w.in, rows, (const T*)w.panels + panel * PANEL * w.in, w.in, done);
         return;
     }
     get_panel(w.scales + column, columns, scale[0], scale[1]);
     const auto done = [&](int64_t r, vf left, vf right) {
-        put_panel(y + r * w.out + column, left * scale[0] + bias[0], right * scale[1] + bias[1], columns);
+        put(r, left * scale[0] + bias[0], right * scale[1] + bias[1]);
     };
     const int8_t* eight = (const int8_t*)w.panels + panel * PANEL * w.in;
     if (rows <= TILE) {
@@ -70,7 +75,8 @@ inline void times_panel(const Weight& w, const T* x, T* y, int64_t rows, int64_t
 
 // For all threads of a team: x [rows, in] → y [rows, out].
 template <typename T>
-void product_in_team(const Weight& w, const T* x, T* y, int64_t rows, int threads) {
+void product_in_team(const Weight& w, const T* x, void* y, int64_t rows, int threads) {
+    const int64_t size = w.wide ? sizeof(float) : sizeof(T);
     const int64_t panels = (w.out + PANEL - 1) / PANEL;
     const int64_t most = CACHED / int64_t(w.in * sizeof(T)) / TILE * TILE, cached = most < TILE ? TILE : most;
     const int64_t blocks = (rows + cached - 1) / cached, even = (rows + blocks - 1) / blocks;
@@ -80,6 +86,8 @@ void product_in_team(const Weight& w, const T* x, T* y, int64_t rows, int thread
     for (int64_t b = 0; b < blocks; b++)
         for (int64_t panel = 0; panel < panels; panel++) {
             const int64_t first = b * block, left = rows - first;
-            if (left > 0) times_panel(w, x + first * w.in, y + first * w.out, left < block ? left : block, panel);
+            if (left <= 0) continue;
+            void* to = (char*)y + first * w.out * size;
+            times_panel(w, x + first * w.in, to, left < block ? left : block, panel);
         }
 }

@@ -17,7 +17,14 @@ class PackedProduct:
     """With a weight in panels, of its own type or of eight bits. `weight` is what the kernels get of it."""
 
     def __init__(
-        self, library: ctypes.PyDLL, type_code: int, weight: Tensor, bias: Tensor | None, kind: WeightKind | None
+        self,
+        library: ctypes.PyDLL,
+        type_code: int,
+        weight: Tensor,
+        bias: Tensor | None,
+        kind: WeightKind | None,
+        *,
+        wide: bool,
     ) -> None:
         self._multiply = library.midstream_product
         self._type_code = type_code
@@ -25,11 +32,12 @@ class PackedProduct:
         numbers, scales = (weight, None) if kind is None else quantized(weight)
         self._panels, self._scales, self._bias = panels(numbers, weight.dtype), scales, bias
         pointers = (None if t is None else t.data_ptr() for t in (self._panels, bias, scales))
-        self.weight = structs.Weight(*pointers, self.in_features, self.out_features)
+        self.weight = structs.Weight(*pointers, self.in_features, self.out_features, wide)
+        self._dtype = torch.float32 if wide else weight.dtype
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x.contiguous()
-        y = x.new_empty(*x.shape[:-1], self.out_features)
+        y = torch.empty(*x.shape[:-1], self.out_features, dtype=self._dtype)
         pointers = (ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()))
         rows = ctypes.c_int64(x.numel() // self.in_features)
         self._multiply(byref(self.weight), *pointers, rows, torch.get_num_threads(), self._type_code)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from ctypes import byref
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +35,13 @@ def _likeness(layer: FusedLayer) -> tuple[object, ...]:
     return shape.heads, shape.kv_heads, shape.dim, layer.residual_scale, sizes
 
 
+class _Kind(NamedTuple):
+    """What layers' attention may differ in."""
+
+    window: int | None
+    scale: float
+
+
 class NativeStack:
     """The layers of one model, on whatever pool the plan has."""
 
@@ -42,20 +50,21 @@ class NativeStack:
         self._layers = tuple(layers)
         self._table = (structs.Layer * len(layers))(*map(_layer, layers))
         self._factors = FactorTables([linear.parts for layer in layers for linear in layer.linears])
-        self._memory = torch.empty(0)
+        self._kinds = tuple(_Kind(layer.shape.window, layer.shape.scale) for layer in layers)
+        self._distinct = frozenset(self._kinds)
+        self._memory = self._lse = torch.empty(0)
         self._pool: KVPool | None = None
         self._keys = self._values = (ctypes.c_void_p * 0)()
 
     def __call__(self, x: Tensor, positions: tuple[Tensor, Tensor], plan: ForwardPlan, context: DeltaContext) -> bool:
-        calls = _extent_calls(self._layers, plan.attention)
+        calls = _extent_calls(self._distinct, plan.attention)
         if calls is None or not x.is_contiguous():
             return False
         self._use(plan.pool)
         rows = x.shape[0]
         cosine, sine = (part.contiguous() for part in positions)
         deltas = StepDeltas(self._factors, context.groups, x.dtype) if context.groups else None
-        lse = torch.empty(self._layers[0].shape.heads, rows)
-        attention = self._attention(calls, plan.pool, rows, lse)
+        attention = self._attention(calls, plan.pool, rows)
         forward = structs.Forward(
             x.data_ptr(),
             *self._work(x),
@@ -81,16 +90,16 @@ class NativeStack:
             values = [pool.values[layer.index].data_ptr() for layer in self._layers]
             self._keys, self._values = (ctypes.c_void_p * len(keys))(*keys), (ctypes.c_void_p * len(keys))(*values)
 
-    def _attention(
-        self, calls: Sequence[ExtentCall], pool: KVPool, rows: int, lse: Tensor
-    ) -> ctypes.Array[ctypes.c_void_p]:
-        addresses = []
-        for layer, call in zip(self._layers, calls, strict=True):
-            shape = layer.shape
-            arguments = extent_arguments(call, pool.keys[layer.index], shape.heads, rows, shape.scale)
-            arguments.lse = lse.data_ptr()
-            addresses.append(ctypes.addressof(arguments))
-        return (ctypes.c_void_p * len(addresses))(*addresses)
+    def _attention(self, calls: Mapping[_Kind, ExtentCall], pool: KVPool, rows: int) -> ctypes.Array[ctypes.c_void_p]:
+        """By layer: the address of its attention's arguments."""
+        shape = self._layers[0].shape
+        self._lse = torch.empty(shape.heads, rows)
+        addresses = {}
+        for kind, call in calls.items():
+            arguments = extent_arguments(call, pool.keys[self._layers[0].index], shape.heads, rows, kind.scale)
+            arguments.lse = self._lse.data_ptr()
+            addresses[kind] = ctypes.addressof(arguments)
+        return (ctypes.c_void_p * len(self._kinds))(*[addresses[kind] for kind in self._kinds])
 
     def _work(self, x: Tensor) -> list[int]:
         """Addresses of the memory for what lies between the products: normed, update, qkv, query, …"""
@@ -118,12 +127,12 @@ def _layer(layer: FusedLayer) -> structs.Layer:
     return structs.Layer(first.weight.data_ptr(), second.weight.data_ptr(), *weights, first.eps, second.eps)
 
 
-def _extent_calls(layers: Sequence[FusedLayer], plan: AttentionPlan) -> list[ExtentCall] | None:
-    """Each layer's attention, where it is one call of all rows."""
-    found: list[ExtentCall] = []
-    for layer in layers:
-        calls = plan.calls(layer.shape.window)
+def _extent_calls(kinds: Iterable[_Kind], plan: AttentionPlan) -> dict[_Kind, ExtentCall] | None:
+    """Each kind of layer's attention, where all are one call of all rows."""
+    found: dict[_Kind, ExtentCall] = {}
+    for kind in kinds:
+        calls = plan.calls(kind.window)
         if len(calls) != 1 or not isinstance(calls[0], ExtentCall) or calls[0].rows.total != plan.num_rows:
             return None
-        found.append(calls[0])
+        found[kind] = calls[0]
     return found

@@ -35,7 +35,7 @@ class Rotary(ctypes.Structure):
 class Weight(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("panels", "bias", "scales")),
-        *((name, ctypes.c_int64) for name in ("in_", "out")),
+        *((name, ctypes.c_int64) for name in ("in_", "out", "wide")),
     )
 
 

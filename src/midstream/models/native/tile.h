@@ -30,6 +30,9 @@ constexpr bool has_products() {
 #endif
 }
 
+// How far ahead panels are asked for: streamed from memory, the processor's own guesses come too late for many rows.
+constexpr int64_t AHEAD = 8192;  // bytes
+
 // One step in depth: total[row] += a[row] · panel, of weights of type W.
 template <typename T, typename W>
 struct Step;
@@ -97,9 +100,14 @@ struct Step<bf16, W> {
 template <typename T, int ROWS, typename W, typename Done>
 inline void multiply_tile(const T* a, int64_t stride, const W* panel, int64_t depth, Done done) {
     vf total[ROWS][2] = {};
+    constexpr int STEP = Step<T, W>::DEPTH;
 #pragma GCC unroll 4
-    for (int64_t k = 0; k < depth; k += Step<T, W>::DEPTH)
-        Step<T, W>::template add<ROWS>(a + k, stride, panel + k * PANEL, total);
+    for (int64_t k = 0; k < depth; k += STEP) {
+        const W* at = panel + k * PANEL;
+        for (size_t line = 0; line < STEP * PANEL * sizeof(W); line += 64)
+            __builtin_prefetch((const char*)at + AHEAD + line);
+        Step<T, W>::template add<ROWS>(a + k, stride, at, total);
+    }
     for (int r = 0; r < ROWS; r++) done(r, total[r][0], total[r][1]);
 }
 

@@ -239,8 +239,10 @@ class AsyncEngine:
     async def _admit(self, read: Callable[[], Job]) -> None:
         """Read a request and queue its job; anew where its adapter was replaced in between."""
         while True:
-            job = await asyncio.to_thread(read)
-            if await self._on_loop(functools.partial(self._core.add, job)):
+            with self._loop.expecting():
+                job = await asyncio.to_thread(read)
+                added = self._loop.call(functools.partial(self._core.add, job))
+            if await asyncio.wrap_future(added):
                 return
 
     def _cancel(self, request_id: str) -> None:

@@ -8,14 +8,19 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from midstream.engine.core import EngineCore, StepRunner
 from midstream.errors import EngineStopped
 
 T = TypeVar("T")
+
+# How long a step may wait for requests that are being read beside one that has just come: those that come together
+# then share their forwards, where the later ones would wait for a whole step.
+_TOGETHER_S = 0.004
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +34,7 @@ class EngineLoop:
         self._inbox: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._wake = threading.Condition()
         self._closing = False
+        self._expected = 0
         self._thread = threading.Thread(target=self._run, name="midstream-engine", daemon=True)
         self._thread.start()
 
@@ -47,6 +53,18 @@ class EngineLoop:
             self._wake.notify()
         return future
 
+    @contextmanager
+    def expecting(self) -> Iterator[None]:
+        """While a call is being prepared: what has just come waits a little for it."""
+        with self._wake:
+            self._expected += 1
+        try:
+            yield
+        finally:
+            with self._wake:
+                self._expected -= 1
+                self._wake.notify()
+
     def close(self) -> None:
         """End all jobs with EngineStopped and wait for the thread."""
         with self._wake:
@@ -59,6 +77,8 @@ class EngineLoop:
             with self._wake:
                 while not (self._inbox or self._core.has_work or self._closing):
                     self._wake.wait()
+                if self._inbox:
+                    self._wake.wait_for(lambda: not self._expected or self._closing, timeout=_TOGETHER_S)
                 calls, self._inbox = self._inbox, deque()
                 closing = self._closing
             for function, future in calls:

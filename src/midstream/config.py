@@ -51,6 +51,9 @@ class ServerConfig(BaseModel):
     dtype: str | None = Field(
         default=None, description="float32, bfloat16 or float16; default: what the processor does natively."
     )
+    weights: str | None = Field(
+        default=None, description="int8: the linear layers' weights rounded to eight bits; default: as the model's."
+    )
     device: str | None = Field(default=None, description="cpu or cuda; default: cuda where there is one.")
     kv_mib: int | None = Field(
         default=None, gt=0, description="Memory of the KV cache in MiB; default: one context, at least 512."

@@ -51,10 +51,13 @@ class Engine:
         config: EngineConfig | None = None,
         dtype: str | None = None,
         device: str | None = None,
+        weights: str | None = None,
         progress: bool = False,
     ) -> Engine:
         """Load a known model, a Hugging Face folder or hub id, or a GGUF file. Raises ModelError."""
-        return cls(AsyncEngine.load(model, config=config, dtype=dtype, device=device, progress=progress))
+        return cls(
+            AsyncEngine.load(model, config=config, dtype=dtype, device=device, weights=weights, progress=progress)
+        )
 
     def load_adapter(self, folder: str | Path, *, name: str | None = None, pin: bool = False) -> AdapterInfo:
         """Load a PEFT folder. Raises AdapterFormatError with all that is wrong with it."""

@@ -23,6 +23,7 @@ class ModelFacts:
 
     name: str
     dtype: torch.dtype
+    weights: str
     device: torch.device
     linear_shapes: Mapping[str, tuple[int, int]]
     weight_bytes: int
@@ -39,6 +40,7 @@ class ModelFacts:
         return cls(
             name=loaded.name,
             dtype=loaded.dtype,
+            weights=loaded.weights or str(loaded.dtype).removeprefix("torch."),
             device=loaded.device,
             linear_shapes=loaded.linear_shapes,
             weight_bytes=(linear + head) * (1 if loaded.weights == "int8" else loaded.dtype.itemsize),

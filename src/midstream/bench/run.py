@@ -55,7 +55,12 @@ class Run:
             )
         self._streams = {tokens: self._fitting_streams(tokens, left_out) for tokens in fitting}
         self.report = Report(
-            model={"name": facts.name, "dtype": facts.dtype_name, "device": str(facts.device)},
+            model={
+                "name": facts.name,
+                "dtype": facts.dtype_name,
+                "weights": facts.weights,
+                "device": str(facts.device),
+            },
             machine=machine(facts.device, facts.dtype),
             adapters=adapters.as_dict(),
             rounds=rounds,

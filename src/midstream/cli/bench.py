@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from midstream.bench.contexts import SHORTEST
-from midstream.cli.common import Dtype, Model, show_progress
+from midstream.cli.common import Dtype, Model, Weights, show_progress
 from midstream.config import EngineConfig
 from midstream.errors import InputError
 from midstream.models.source import DEFAULT_MODEL
@@ -33,6 +33,7 @@ def bench(
         typer.Option(help="Random adapters of this rank; default: the library's, or random ones of 16.", min=1),
     ] = None,
     dtype: Dtype = None,
+    weights: Weights = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
     kv_mib: Annotated[
         int | None, typer.Option(help="Memory of the KV cache in MiB; default: one context, at least 512.", min=1)
@@ -51,7 +52,7 @@ def bench(
     from midstream.bench.run import Run
 
     load_before = load_average()
-    with _engine(model, dtype, device, kv_mib) as engine:
+    with _engine(model, dtype, weights, device, kv_mib) as engine:
         run = Run(engine, lengths, rounds, rank=rank, load_before=load_before)
         try:
             _measure(run)
@@ -97,11 +98,14 @@ def _check_writable(file: Path, option: str) -> None:
 
 
 @contextmanager
-def _engine(model: str, dtype: str | None, device: str | None, kv_mib: int | None) -> Iterator[Engine]:
+def _engine(
+    model: str, dtype: str | None, weights: str | None, device: str | None, kv_mib: int | None
+) -> Iterator[Engine]:
     from midstream.session import Engine
 
     config = EngineConfig(kv_budget_bytes=None if kv_mib is None else kv_mib * 1024**2)
-    with Engine.load(model, config=config, dtype=dtype, device=device, progress=show_progress(False)) as engine:
+    loading = {"dtype": dtype, "weights": weights, "device": device}
+    with Engine.load(model, config=config, **loading, progress=show_progress(False)) as engine:
         yield engine
 
 

@@ -14,6 +14,7 @@ from midstream.cli.common import (
     Dtype,
     Json,
     Model,
+    Weights,
     open_engine,
     print_json,
     read_chat,
@@ -32,11 +33,12 @@ def call(
     model: Model = DEFAULT_MODEL,
     adapters: Adapters = None,
     dtype: Dtype = None,
+    weights: Weights = None,
     as_json: Json = False,
 ) -> None:
     """Call intrinsics on a conversation: one shared prefix, one batch."""
     conversation = read_chat(chat)
-    with open_engine(model, adapters, dtype, progress=show_progress(as_json)) as engine:
+    with open_engine(model, adapters, dtype, weights=weights, progress=show_progress(as_json)) as engine:
         results = engine.call(names, conversation)
     # One that fails leaves the others their results; the exit status and standard error tell of it.
     if as_json:

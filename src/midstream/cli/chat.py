@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from midstream.cli.common import Adapters, Dtype, Model, open_engine, read_chat, show_progress
+from midstream.cli.common import Adapters, Dtype, Model, Weights, open_engine, read_chat, show_progress
 from midstream.errors import InputError, MidstreamError
 from midstream.models.source import DEFAULT_MODEL
 from midstream.types import Document
@@ -27,6 +27,7 @@ def chat(
     model: Model = DEFAULT_MODEL,
     adapters: Adapters = None,
     dtype: Dtype = None,
+    weights: Weights = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     start: Annotated[Path | None, typer.Option("--chat", "-c", help="Chat file to go on from.")] = None,
     max_tokens: int = 256,
@@ -34,7 +35,7 @@ def chat(
 ) -> None:
     """Talk with the base model, and call adapters on the conversation as you go."""
     first = None if start is None else read_chat(start)
-    with open_engine(model, adapters, dtype, progress=show_progress(False)) as engine:
+    with open_engine(model, adapters, dtype, weights=weights, progress=show_progress(False)) as engine:
         typer.echo(f"adapters: {', '.join(info.name for info in engine.adapters()) or 'none'}. {_HELP}", err=True)
         loop = _Loop(engine, system, max_tokens, temperature)
         if first is not None:

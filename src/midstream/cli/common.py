@@ -24,17 +24,26 @@ Adapters = Annotated[
 Dtype = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16; default: what the processor does natively.")
 ]
+Weights = Annotated[
+    str | None, typer.Option(help="int8: the model's weights rounded to eight bits; default: as they are.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
 def open_engine(
-    model: str, adapters: list[Path] | None, dtype: str | None, *, progress: bool, library: bool = True
+    model: str,
+    adapters: list[Path] | None,
+    dtype: str | None,
+    *,
+    weights: str | None = None,
+    progress: bool,
+    library: bool = True,
 ) -> Engine:
     """An engine with the model's library and the given adapter folders loaded."""
     # torch and transformers take seconds to import; verbs that do not need them start at once.
     from midstream.session import Engine
 
-    engine = Engine.load(model, dtype=dtype, progress=progress)
+    engine = Engine.load(model, dtype=dtype, weights=weights, progress=progress)
     try:
         if library:
             engine.load_library()

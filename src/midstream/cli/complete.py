@@ -13,6 +13,7 @@ from midstream.cli.common import (
     Dtype,
     Json,
     Model,
+    Weights,
     open_engine,
     print_json,
     read_chat,
@@ -30,6 +31,7 @@ def complete(
     model: Model = DEFAULT_MODEL,
     adapters: Adapters = None,
     dtype: Dtype = None,
+    weights: Weights = None,
     max_tokens: int = 128,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -55,7 +57,9 @@ def complete(
     except ValidationError as error:
         raise InputError("; ".join(f"{e['loc'][0] if e['loc'] else ''}: {e['msg']}" for e in error.errors())) from error
     conversation = None if chat is None else read_chat(chat)
-    with open_engine(model, adapters, dtype, progress=show_progress(as_json), library=adapter is not None) as engine:
+    with open_engine(
+        model, adapters, dtype, weights=weights, progress=show_progress(as_json), library=adapter is not None
+    ) as engine:
         tokens = conversation or engine.aio.chat.encode(prompt or "")
         for delta in engine.stream(Request(prompt=tokens, adapter=adapter, params=params)):
             if not as_json:

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from midstream.cli.common import Adapters, Dtype, Json, Model, open_engine, print_json, show_progress
+from midstream.cli.common import Adapters, Dtype, Json, Model, Weights, open_engine, print_json, show_progress
 from midstream.errors import InputError
 from midstream.models.source import DEFAULT_MODEL
 
@@ -38,6 +38,7 @@ def evaluate(
     ] = 0.0,
     seed: int = 0,
     dtype: Dtype = None,
+    weights: Weights = None,
     png: Annotated[Path | None, typer.Option(help="Write ROC and reliability curves.")] = None,
     card: Annotated[str | None, typer.Option(help="Put the figures into the adapter's card, under this title.")] = None,
     as_json: Json = False,
@@ -63,7 +64,7 @@ def evaluate(
         wrong_documents,
         seed,
     )
-    with open_engine(model, adapters, dtype, progress=show_progress(as_json)) as engine:
+    with open_engine(model, adapters, dtype, weights=weights, progress=show_progress(as_json)) as engine:
         arms = _arms(engine, name, compare or [])
         main = next(iter(arms.values()))
         if card is not None:

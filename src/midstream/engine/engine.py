@@ -79,10 +79,13 @@ class AsyncEngine:
         config: EngineConfig | None = None,
         dtype: str | None = None,
         device: str | None = None,
+        weights: str | None = None,
         progress: bool = False,
     ) -> AsyncEngine:
         """Load a model (a known name, a Hugging Face folder or hub id, a GGUF file). Raises ModelError."""
-        return cls(apart(lambda: load_model(model, dtype=dtype, device=device, progress=progress)), config)
+        return cls(
+            apart(lambda: load_model(model, dtype=dtype, device=device, weights=weights, progress=progress)), config
+        )
 
     @property
     def chat(self) -> ChatTokenizer:

@@ -62,23 +62,24 @@ def load_model(
     *,
     dtype: str | None = None,
     device: str | None = None,
-    weights: WeightKind | None = None,
+    weights: str | None = None,
     progress: bool = False,
 ) -> LoadedModel:
     """Load a known name, a Hugging Face folder or hub id, or a GGUF file.
 
-    `weights`: what to round the linear layers' weights to; None leaves them as the model has them.
+    `weights`: "int8" rounds the linear layers' weights to eight bits; None leaves them as the model has them.
 
     Raises ModelError when it cannot be found, read or served, with the reason.
     """
     target = pick_device(device)
     kind = pick_dtype(dtype, target)
+    rounded = _pick_weights(weights)
     folder = resolve(model, progress=progress)
     chat = ChatTokenizer.from_folder(folder)
     with loading_bars(progress):
         network = _from_folder(folder, kind)
     name = Path(str(model)).stem if Path(model).exists() else str(model)
-    return prepare(network.to(target), chat, name=name, weights=weights)
+    return prepare(network.to(target), chat, name=name, weights=rounded)
 
 
 def prepare(
@@ -163,6 +164,14 @@ def pick_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     return torch.bfloat16 if can_pack(torch.bfloat16, device) else torch.float32
+
+
+def _pick_weights(weights: str | None) -> WeightKind | None:
+    if weights is None:
+        return None
+    if weights != "int8":
+        raise ModelError(f"unknown weights {weights!r}: use int8, or leave it out")
+    return "int8"
 
 
 def _from_folder(folder: Path, dtype: torch.dtype) -> Any:

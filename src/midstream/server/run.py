@@ -34,7 +34,12 @@ def serve(config: ServerConfig, *, progress: bool = False) -> None:
         raise InputError(f"the log file cannot be opened: {error}") from error
     tracing.set_up()
     engine = AsyncEngine.load(
-        config.model, config=config.engine(), dtype=config.dtype, device=config.device, progress=progress
+        config.model,
+        config=config.engine(),
+        dtype=config.dtype,
+        device=config.device,
+        weights=config.weights,
+        progress=progress,
     )
     asyncio.run(_serve(engine, config))
 

@@ -62,14 +62,14 @@ inline void times_panel(const Weight& w, const T* x, void* y, int64_t rows, int6
         put(r, left * scale[0] + bias[0], right * scale[1] + bias[1]);
     };
     const int8_t* eight = (const int8_t*)w.panels + panel * PANEL * w.in;
-    if (rows <= TILE) {
+    if (rows <= 2 * TILE) {
         multiply_rows(x, w.in, rows, eight, w.in, done);
         return;
     }
     // Whole numbers are exact in both types, so the results are those of few rows.
     thread_local std::vector<T> wide;
     wide.resize(size_t(PANEL * w.in));
-    for (int64_t i = 0; i < PANEL * w.in; i += LANES) store(wide.data() + i, load(eight + i));
+    widen(eight, wide.data(), PANEL * w.in);
     multiply_rows(x, w.in, rows, wide.data(), w.in, done);
 }
 

@@ -52,6 +52,10 @@ struct Step<float, W> {
     }
 };
 
+inline void widen(const int8_t* from, float* to, int64_t count) {
+    for (int64_t i = 0; i < count; i += LANES) store(to + i, load(from + i));
+}
+
 #ifdef __AVX512BF16__
 inline __m512bh load_pairs(const bf16* from) { return (__m512bh)_mm512_loadu_si512(from); }
 
@@ -60,6 +64,11 @@ inline __m512bh load_pairs(const int8_t* from) {
     const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
     const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(from + LANES))));
     return _mm512_cvtne2ps_pbh(high, low);
+}
+
+// Eight-bit weights as the numbers that they are multiplied with, `count` of them: a multiple of PANEL.
+inline void widen(const int8_t* from, bf16* to, int64_t count) {
+    for (int64_t i = 0; i < count; i += PANEL) _mm512_storeu_si512(to + i, (__m512i)load_pairs(from + i));
 }
 
 template <typename W>
@@ -79,6 +88,10 @@ struct Step<bf16, W> {
     }
 };
 #else
+inline void widen(const int8_t* from, bf16* to, int64_t count) {
+    for (int64_t i = 0; i < count; i += LANES) store(to + i, load(from + i));
+}
+
 template <typename W>
 struct Step<bf16, W> {
     static constexpr int DEPTH = 2;

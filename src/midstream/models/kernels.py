@@ -14,12 +14,8 @@ from midstream.models.extents import ExtentCall
 
 
 class Kernels(Protocol):
-    """`few_queries`: how many query vectors a KV head may have in an ExtentCall; 0 where there is no `attend`."""
-
-    few_queries: int
-
     def supports(self, dim: int) -> bool:
-        """Whether heads of this size can be attended."""
+        """Whether there is an `attend` for heads of this size."""
         ...
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -42,10 +38,8 @@ class Kernels(Protocol):
         """silu(gate) · up, of [rows, 2 · width] that holds both side by side."""
         ...
 
-    def attend(
-        self, query: Tensor, keys: Tensor, values: Tensor, call: ExtentCall, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """Attention of the call's rows, of query [heads, rows, dim]: out [call's rows, heads, dim], lse [heads, …]."""
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, call: ExtentCall, scale: float) -> Tensor:
+        """Attention of query [heads, rows, dim]: [rows, heads, dim]."""
         ...
 
     def add_deltas(self, x: Tensor, y: Tensor, context: DeltaContext, parts: Sequence[Part]) -> bool:
@@ -55,8 +49,6 @@ class Kernels(Protocol):
 
 class TorchKernels:
     """For every device and type."""
-
-    few_queries = 0
 
     def supports(self, dim: int) -> bool:
         return False
@@ -82,9 +74,7 @@ class TorchKernels:
         gate, up = both.chunk(2, dim=-1)
         return F.silu(gate) * up
 
-    def attend(
-        self, query: Tensor, keys: Tensor, values: Tensor, call: ExtentCall, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, call: ExtentCall, scale: float) -> Tensor:
         raise NotImplementedError("plans for these kernels have no ExtentCall")
 
     def add_deltas(self, x: Tensor, y: Tensor, context: DeltaContext, parts: Sequence[Part]) -> bool:

@@ -15,7 +15,7 @@ from midstream.models.attention import NAME
 from midstream.models.attention_plan import AttentionPlan, RowSegment
 from midstream.models.chat import ChatTokenizer
 from midstream.models.deltas import DeltaContext
-from midstream.models.fuse import Watched, few_rows, fuse_layers
+from midstream.models.fuse import Watched, fuse_layers
 from midstream.models.fusions import fuse_norms
 from midstream.models.kernels import Kernels, TorchKernels
 from midstream.models.linear import can_pack, wrap_linears
@@ -33,7 +33,7 @@ _PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.0
 class LoadedModel:
     """A base model ready for the engine. `linear_shapes`: (out, in) of each adaptable layer by module path.
 
-    `few_rows`: the most rows that share a range in an attention call that `kernels` serve.
+    `extents`: whether `kernels` serve the attention of all layers.
     """
 
     name: str
@@ -41,7 +41,7 @@ class LoadedModel:
     chat: ChatTokenizer
     deltas: DeltaContext
     kernels: Kernels
-    few_rows: int
+    extents: bool
     linear_shapes: dict[str, tuple[int, int]]
     kv_shapes: list[tuple[int, int]]
     vocab_size: int
@@ -89,7 +89,7 @@ def prepare(network: Any, chat: ChatTokenizer, *, name: str, kernels: Kernels | 
         chat=chat,
         deltas=deltas,
         kernels=kernels,
-        few_rows=few_rows(kernels, list(attention.values())),
+        extents=all(kernels.supports(shape.dim) for shape in attention.values()),
         linear_shapes=shapes,
         kv_shapes=[(attention[layer].kv_heads, attention[layer].dim) for layer in sorted(attention)],
         vocab_size=config.vocab_size,

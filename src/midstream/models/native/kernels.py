@@ -21,15 +21,15 @@ _HEAD_DIMS = (32, 64, 96, 128, 256)
 # More adapter rows than this and torch's blocked products win over reading the factors anew for every fourth row.
 _DELTA_ROWS = 64
 _MAX_RANK = 512
-# Query vectors of a KV head up to which a range is read by these kernels: at 2,048 keys they take half of the time
-# of torch's attention for 144 query vectors, and a fifth of it for 3.
-_FEW_QUERIES = 192
+# Numbers that the query vectors of a block may have: QueryBlock::MOST · dim in prefill.h.
+_BLOCK = 12288
+# Units of work for each thread, so that none waits long for the last ones.
+_UNITS = 4
+_NO_WINDOW = 1 << 60
 
 
 class NativeKernels(TorchKernels):
     """For float32 and bfloat16 on a CPU; what they do not serve goes to torch's own."""
-
-    few_queries = _FEW_QUERIES
 
     def __init__(self, library: ctypes.PyDLL) -> None:
         self._attend = library.midstream_attend
@@ -77,23 +77,20 @@ class NativeKernels(TorchKernels):
         self._gated(both.data_ptr(), out.data_ptr(), rows, width, torch.get_num_threads(), _TYPES[both.dtype])
         return out
 
-    def attend(
-        self, query: Tensor, keys: Tensor, values: Tensor, call: ExtentCall, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, call: ExtentCall, scale: float) -> Tensor:
         query = query.contiguous()  # transformers' own layers give it as a transposed view
-        heads, _, dim = query.shape
-        key = (heads, keys.shape, scale)
+        heads, rows, dim = query.shape
+        key = (heads, keys.shape, scale, torch.get_num_threads())
         prepared = call.prepared.get(key)
         if prepared is None:
             prepared = call.prepared[key] = _prepare(query, keys, call, scale)
         arguments, _ = prepared
-        out = query.new_empty(call.rows.total, heads, dim)
-        lse = torch.empty(heads, call.rows.total)
+        out = query.new_empty(rows, heads, dim)
         arguments.query, arguments.keys, arguments.values = query.data_ptr(), keys.data_ptr(), values.data_ptr()
-        arguments.out, arguments.lse = out.data_ptr(), lse.data_ptr()
+        arguments.out = out.data_ptr()
         if not self._attend(byref(arguments), _TYPES[query.dtype]):
             raise RuntimeError(f"no attention kernel for heads of {dim}")
-        return out, lse
+        return out
 
     def add_deltas(self, x: Tensor, y: Tensor, context: DeltaContext, parts: Sequence[Part]) -> bool:
         groups = context.groups
@@ -115,27 +112,34 @@ class NativeKernels(TorchKernels):
         return True
 
 
-def _prepare(query: Tensor, keys: Tensor, call: ExtentCall, scale: float) -> tuple[structs.Attention, Tensor]:
+def _prepare(query: Tensor, keys: Tensor, call: ExtentCall, scale: float) -> tuple[structs.Attention, list[Tensor]]:
     """The arguments that all layers of a step share, and the memory that they point to."""
     heads, batch_rows, dim = query.shape
     kv_heads, slots, _ = keys.shape
+    threads = torch.get_num_threads()
     scratch = torch.empty(call.num_partials * heads * (dim + 2))
-    plan = (call.chunks, call.chunk_rows, call.merge_first, call.merge_partial)
+    blocks = call.cut(_block_rows(call.num_block_rows, heads // kv_heads, kv_heads, dim, threads))
+    kept = [scratch, call.chunks, call.chunk_rows, call.merge_rows, call.merge_first, call.merge_partial]
+    kept += [blocks, call.spans]
+    counts = (len(call.chunks), len(call.merge_rows), len(blocks))
+    shape = (batch_rows, slots, heads, kv_heads, dim)
     arguments = structs.Attention(
-        *(None,) * 5,
-        scratch.data_ptr(),
-        *(tensor.data_ptr() for tensor in plan),
-        len(call.chunks),
-        call.rows.total,
-        batch_rows,
-        slots,
-        heads,
-        kv_heads,
-        dim,
+        *(None,) * 4,
+        *(tensor.data_ptr() for tensor in kept),
+        *counts,
+        *shape,
+        call.window or _NO_WINDOW,
         scale,
-        torch.get_num_threads(),
+        threads,
     )
-    return arguments, scratch
+    return arguments, kept
+
+
+def _block_rows(rows: int, group: int, kv_heads: int, dim: int, threads: int) -> int:
+    """How many rows a block gets: as many as it may hold, fewer where threads would be idle."""
+    most = _BLOCK // dim // group
+    fair = -(-rows * kv_heads // (_UNITS * threads))
+    return max(4, min(most, fair) // 4 * 4)
 
 
 class _Factors:

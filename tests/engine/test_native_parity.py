@@ -83,7 +83,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
 def fused_engine(model: Any, kernels: Kernels, **config: Any) -> AsyncEngine:
     loaded = prepare(copy.deepcopy(model), tiny_chat(), name="tiny", kernels=kernels)
     assert all(isinstance(layer, FusedLayer) for layer in loaded.model.model.layers)
-    assert (loaded.few_rows > 0) == (type(kernels) is not TorchKernels)
+    assert loaded.extents == (type(kernels) is not TorchKernels)
     return AsyncEngine(loaded, EngineConfig(kv_budget_bytes=8 * 1024**2, **config))
 
 

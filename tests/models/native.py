@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from midstream.models.attention import attend_by_definition
-from midstream.models.extents import ExtentCall, Rows
+from midstream.models.attention_plan import Rows
+from midstream.models.extents import ExtentCall
 from midstream.models.kernels import TorchKernels
 from midstream.models.native.kernels import NativeKernels, pick_kernels
 
@@ -38,26 +39,37 @@ def assert_follows(found: Tensor, expected: Tensor, *, rtol: float = 1e-5, atol:
 
 
 class PlainKernels(TorchKernels):
-    """With attention over extents, row by row and from what a call says of its chunks alone."""
-
-    few_queries = 32
+    """With attention over extents, row by row and from what a call says of its chunks and blocks alone."""
 
     def supports(self, dim: int) -> bool:
         return True
 
-    def attend(
-        self, query: Tensor, keys: Tensor, values: Tensor, call: ExtentCall, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        heads, _, dim = query.shape
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, call: ExtentCall, scale: float) -> Tensor:
+        """Rows that are not in the call get nought."""
+        heads, rows, dim = query.shape
         group = heads // keys.shape[0]
-        out = query.new_empty(call.rows.total, heads, dim)
-        lse = torch.empty(heads, call.rows.total)
-        for place, row in enumerate(numbers(call.rows)):
+        out = query.new_zeros(rows, heads, dim)
+        for row in rows_in(call):
             slots = seen_by(call, row)
             k, v = (tensor[:, slots].repeat_interleave(group, 0) for tensor in (keys, values))
-            one_out, one_lse = attend_by_definition(query[:, row : row + 1], k, v, None, False, scale)
-            out[place], lse[:, place] = one_out[:, 0], one_lse[:, 0]
-        return out, lse
+            out[row] = attend_by_definition(query[:, row : row + 1], k, v, None, False, scale)[0][:, 0]
+        return out
+
+
+def assert_attends(found: Tensor, query: Tensor, keys: Tensor, values: Tensor, call: ExtentCall, scale: float) -> None:
+    """`found` is the attention of the call's rows but for float32's errors; in bfloat16, for two roundings more.
+
+    Of the result, and of each weight: half of the last of 8 bits.
+    """
+    rows, plain = rows_in(call), PlainKernels()
+    arguments = (query.float(), keys.float())
+    expected = plain.attend(*arguments, values.float(), call, scale)[rows]
+    error = (found[rows].float() - expected).abs()
+    bound = 1e-5 + 1e-5 * expected.abs()
+    if found.dtype == torch.bfloat16:
+        bound += 2.0**-8 * (expected.abs() + plain.attend(*arguments, values.float().abs(), call, scale)[rows])
+    assert found.shape == (query.shape[1], query.shape[0], query.shape[2])
+    assert bool((error <= bound).all()), f"an error of {float((error / bound).max())} times the bound"
 
 
 def numbers(rows: Rows) -> list[int]:
@@ -66,12 +78,24 @@ def numbers(rows: Rows) -> list[int]:
     return rows.selector.tolist()
 
 
+def rows_in(call: ExtentCall) -> list[int]:
+    """The rows of the batch that a call serves."""
+    in_blocks = [row + i for row, count, *_ in call.blocks.tolist() for i in range(count)]
+    return sorted([*call.merge_rows.tolist(), *in_blocks])
+
+
 def seen_by(call: ExtentCall, row: int) -> list[int]:
-    """The slots that a row sees, chunk after chunk."""
+    """The slots that a row sees, chunk after chunk, and span after span."""
     slots: list[int] = []
     for start, length, first, count, causal, _ in call.chunks.tolist():
         rows = call.chunk_rows[first : first + count].tolist()
         if row in rows:
             hidden = count - 1 - rows.index(row) if causal else 0
             slots.extend(range(start, start + length - hidden))
+    for first_row, count, position, first, spans in call.blocks.tolist():
+        if first_row <= row < first_row + count:
+            last = position + row - first_row
+            lowest = 0 if call.window is None else last - call.window + 1
+            for start, length, at in call.spans[first : first + spans].tolist():
+                slots.extend(start + i for i in range(length) if lowest <= at + i <= last)
     return slots

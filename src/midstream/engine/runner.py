@@ -39,7 +39,7 @@ class Runner:
             self._loaded.dtype,
             device,
             step.num_tokens,
-            self._loaded.few_rows,
+            self._loaded.extents,
         )
         groups = [DeltaGroup(digest, a, b, self._weights_of(digest)) for digest, a, b in step.groups]
         self._loaded.deltas.set(groups)

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from midstream.models.attention_plan import AttentionPlan, CausalCall, DenseCall, MaskedCall
-from midstream.models.extents import ExtentCall, Rows
+from midstream.models.attention_plan import AttentionPlan, CausalCall, DenseCall, MaskedCall, Rows
 from midstream.models.kernels import Kernels
 from midstream.models.pool import AttentionShape, ForwardPlan, ProbePool
 
@@ -61,12 +60,10 @@ def attend(
     window: int | None,
 ) -> Tensor:
     """Attend as the plan says: query [heads, rows, dim], keys, values [kv_heads, slots, dim] → [rows, heads, dim]."""
+    if plan.extents:
+        return kernels.attend(query, keys, values, plan.extent_call(window), scale)
     merged = _Merged(plan.num_rows)
     for call in plan.calls(window):
-        if isinstance(call, ExtentCall):
-            out, lse = kernels.attend(query, keys, values, call, scale)
-            merged.add(call.rows, out.transpose(0, 1), lse)
-            continue
         q = query[:, call.rows.selector]
         if isinstance(call, DenseCall):
             k = keys[:, call.start : call.start + call.length]

@@ -1,31 +1,49 @@
 """How the rows of one forward attend to the KV pool, worked out once per step and shared by all layers.
 
 A row sees a set of pool ranges in full, and its own segment causally. Ranges are cut so that each is seen whole by
-some set of segments; ranges that touch and are seen by the same segments are joined; then
+some set of segments; ranges that touch and are seen by the same segments are joined.
 
-- ranges that few rows see make one *extent* call, where there is a kernel that reads them where they lie;
+Where there is a kernel that reads ranges where they lie, all rows are served by one *extent* call: rows of short
+segments by the ranges that they share, rows of long ones by blocks. Torch's own attention gets several calls, whose
+results are merged by their log-sum-exp:
+
 - a long range is one *dense* call for all rows that see it: rows that share a prefix read it once (cascade attention);
 - the causal part of a long segment is one *causal* call;
 - everything short is gathered into one *masked* call.
-
-The calls' results are merged by their log-sum-exp.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from midstream.models.extents import ExtentBuilder, ExtentCall, Rows, rows_of
+from midstream.models.extents import ExtentBuilder, ExtentCall, Span
 
 # Below this many tokens a range is gathered into the masked call: a call of its own costs more than the copy.
 SHORT_RANGE = 32
 # A segment of at most this many tokens attends to itself in the masked call.
 SHORT_SEGMENT = 32
+# In an extent call, a segment of at most this many tokens is read by chunks of what it sees, which other short ones see
+# as well and all cores share; a longer one by blocks of its own rows.
+CHUNKED_SEGMENT = 32
+
+
+class Rows(NamedTuple):
+    """Rows of the batch: a slice where they are contiguous, else an index tensor."""
+
+    selector: slice | Tensor
+    total: int
+
+
+def rows_of(numbers: Sequence[int], device: torch.device) -> Rows:
+    """`numbers` ascend."""
+    if numbers[-1] - numbers[0] + 1 == len(numbers):
+        return Rows(slice(numbers[0], numbers[-1] + 1), len(numbers))
+    return Rows(torch.tensor(numbers, dtype=torch.long, device=device), len(numbers))
 
 
 class Range(NamedTuple):
@@ -70,59 +88,64 @@ class MaskedCall:
     mask: Tensor
 
 
-Call = DenseCall | CausalCall | MaskedCall | ExtentCall
+Call = DenseCall | CausalCall | MaskedCall
 
 
 @dataclass(slots=True)
 class AttentionPlan:
     """The segments of a step, and for each sliding window (None: unlimited) the calls that serve them.
 
-    Ranges that at most `few_rows` rows see go to an extent call; 0 where there is no kernel for them.
+    `extents`: whether the kernels serve all of it by an extent call.
     """
 
     segments: tuple[RowSegment, ...]
     dtype: torch.dtype
     device: torch.device
     num_rows: int
-    few_rows: int = 0
+    extents: bool = False
     write_slots: Tensor = field(init=False)
     _calls: dict[int | None, tuple[Call, ...]] = field(default_factory=dict)
+    _extent_calls: dict[int | None, ExtentCall] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         slots = [slot for s in self.segments for slot in range(s.slot, s.slot + s.count)]
         self.write_slots = torch.tensor(slots, dtype=torch.long, device=self.device)
 
     def calls(self, window: int | None) -> tuple[Call, ...]:
-        """The calls for layers that see the last `window` positions (their own included)."""
-        if window is not None and all(s.position + s.count <= window for s in self.segments):
-            window = None
+        """The calls of torch's attention for layers that see the last `window` positions (their own included)."""
+        window = self._binding(window)
         if window not in self._calls:
-            self._calls[window] = self._make_calls(window)
+            self._calls[window] = self._full_calls() if window is None else self._window_calls(window)
         return self._calls[window]
 
-    def _make_calls(self, window: int | None) -> tuple[Call, ...]:
-        if window is not None:
-            return self._window_calls(window)
-        return self._extent_calls() if self.few_rows else self._full_calls()
+    def extent_call(self, window: int | None) -> ExtentCall:
+        """The one call for such layers where `extents`."""
+        window = self._binding(window)
+        if window not in self._extent_calls:
+            self._extent_calls[window] = self._extent_call(window)
+        return self._extent_calls[window]
 
-    # ------------------------------------------------------------------ with a kernel for few rows
+    def _binding(self, window: int | None) -> int | None:
+        """None where no row sees more than the window."""
+        if window is not None and all(s.position + s.count <= window for s in self.segments):
+            return None
+        return window
 
-    def _extent_calls(self) -> tuple[Call, ...]:
-        few = ExtentBuilder()
-        calls: list[Call] = []
-        for r, users in _joined(self.segments):
-            rows = _numbers(users)
-            if len(rows) <= self.few_rows:
-                few.add(r.start, r.length, rows)
-            else:
-                calls.append(DenseCall(self._rows(users), r.start, r.length))
+    # ------------------------------------------------------------------ with a kernel for extents
+
+    def _extent_call(self, window: int | None) -> ExtentCall:
+        # The rows of a chunk see the same of a range, which those of a segment behind a window do not.
+        most = CHUNKED_SEGMENT if window is None else 1
+        short = [s if window is None else _within(s, window) for s in self.segments if s.count <= most]
+        builder = ExtentBuilder(window)
+        for r, users in _joined(short):
+            builder.add(r.start, r.length, _numbers(users))
         for s in self.segments:
-            if s.count > SHORT_SEGMENT:
-                calls.append(CausalCall(self._rows([s]), s.slot, s.count))
+            if s.count > most:
+                builder.add_block(s.row, s.count, s.position, _spans(s))
             elif s.count > 1:
-                few.add(s.slot, s.count, _numbers([s]), causal=True)
-        call = few.call()
-        return tuple(calls) if call is None else (*calls, call)
+                builder.add(s.slot, s.count, _numbers([s]), causal=True)
+        return builder.call()
 
     # ------------------------------------------------------------------ unlimited attention
 
@@ -163,16 +186,10 @@ class AttentionPlan:
     # ------------------------------------------------------------------ sliding windows
 
     def _window_calls(self, window: int) -> tuple[Call, ...]:
-        """One masked call per segment over the slots that its window reaches; single rows in one extent call."""
+        """One masked call per segment over the slots that its window reaches."""
         calls: list[Call] = []
-        few = ExtentBuilder()
         for segment in self.segments:
             first = segment.position - window + 1
-            if self.few_rows and segment.count == 1:
-                for r in segment.seen:
-                    skip = max(0, first - r.position)
-                    few.add(r.start + skip, max(0, r.length - skip), [segment.row])
-                continue
             own = Range(segment.slot, segment.count, segment.position)
             slots: list[int] = []
             positions: list[int] = []
@@ -185,8 +202,7 @@ class AttentionPlan:
             visible = (keys <= queries) & (keys > queries - window)
             mask = torch.zeros(visible.shape).masked_fill(~visible, float("-inf"))
             calls.append(self._masked_call([segment], slots, mask))
-        call = few.call()
-        return tuple(calls) if call is None else (*calls, call)
+        return tuple(calls)
 
     # ------------------------------------------------------------------ tensors
 
@@ -211,6 +227,30 @@ def _cut(segment: RowSegment) -> list[Range]:
         if length > 0:
             cut.append(Range(r.start, length, r.position))
     return cut
+
+
+def _within(segment: RowSegment, window: int) -> RowSegment:
+    """A segment of one row without what lies before its window."""
+    first = segment.position - window + 1
+    seen: list[Range] = []
+    for r in segment.seen:
+        skip = max(0, first - r.position)
+        if skip < r.length:
+            seen.append(Range(r.start + skip, r.length - skip, r.position + skip))
+    return replace(segment, seen=tuple(seen))
+
+
+def _spans(segment: RowSegment) -> list[Span]:
+    """What a segment sees, itself included. Pieces that touch are one, no matter in which step each was read."""
+    spans: list[Span] = []
+    for r in (*segment.seen, Range(segment.slot, segment.count, segment.position)):
+        if spans:
+            start, length, position = spans[-1]
+            if (start + length, position + length) == (r.start, r.position):
+                spans[-1] = Span(start, length + r.length, position)
+                continue
+        spans.append(Span(*r))
+    return spans
 
 
 def _joined(segments: Sequence[RowSegment]) -> list[tuple[Range, tuple[RowSegment, ...]]]:

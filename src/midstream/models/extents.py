@@ -1,4 +1,4 @@
-"""Attention of few rows to ranges of the pool, laid out for a kernel that reads them where they lie."""
+"""Attention to ranges of the pool, laid out for a kernel that reads them where they lie."""
 
 from __future__ import annotations
 
@@ -14,47 +14,63 @@ _CHUNK = 256
 _MOST_CHUNKS = 64
 
 
-class Rows(NamedTuple):
-    """Rows of the batch: a slice where they are contiguous, else an index tensor."""
+class Span(NamedTuple):
+    """Slots `start` … `start + length`, with the keys at positions from `position` on."""
 
-    selector: slice | Tensor
-    total: int
-
-
-def rows_of(numbers: Sequence[int], device: torch.device) -> Rows:
-    """`numbers` ascend."""
-    if numbers[-1] - numbers[0] + 1 == len(numbers):
-        return Rows(slice(numbers[0], numbers[-1] + 1), len(numbers))
-    return Rows(torch.tensor(numbers, dtype=torch.long, device=device), len(numbers))
+    start: int
+    length: int
+    position: int
 
 
 @dataclass(slots=True)
 class ExtentCall:
-    """Rows, and the chunks of ranges that they see.
+    """The rows of a step and what they see, by chunks of ranges or by blocks of rows; each row by one of the two.
 
     `chunks` [n, 6]: start, length, first of its `chunk_rows`, how many, whether causal, first of its partial results.
-    In a causal chunk, row i of n sees all but the last n - 1 - i keys. Row r of the call merges the partial results
-    `merge_partial[merge_first[r] : merge_first[r + 1]]`. All tensors are of int64, on the CPU.
+    In a causal chunk, row i of n sees all but the last n - 1 - i keys. Row `merge_rows[r]` of the batch merges the
+    partial results `merge_partial[merge_first[r] : merge_first[r + 1]]`.
+
+    `blocks` [n, 5]: first row of the batch, how many, position of the first, first of its `spans` [m, 3], how many. A
+    row at position p sees the keys of its block's spans at positions up to p; from p - window + 1 on, if not None.
+
+    All tensors are of int64, on the CPU.
     """
 
-    rows: Rows
     chunks: Tensor
     chunk_rows: Tensor
+    merge_rows: Tensor
     merge_first: Tensor
     merge_partial: Tensor
     num_partials: int
+    blocks: Tensor
+    spans: Tensor
+    window: int | None
     # What a kernel keeps for the layers of a step.
     prepared: dict[Any, Any] = field(default_factory=dict)
 
+    @property
+    def num_block_rows(self) -> int:
+        return int(self.blocks[:, 1].sum())
+
+    def cut(self, rows: int) -> Tensor:
+        """`blocks` in pieces of at most `rows` rows. Those at the last positions, which see most, come first."""
+        pieces: list[tuple[int, ...]] = []
+        for row, count, position, *spans in self.blocks.tolist():
+            pieces += [(row + at, min(rows, count - at), position + at, *spans) for at in range(0, count, rows)]
+        return _table(sorted(pieces, key=lambda piece: -piece[2]), 5)
+
 
 class ExtentBuilder:
-    """Collects the ranges of a call."""
+    """Collects what a call's rows see."""
 
-    def __init__(self) -> None:
-        self._chunks: list[tuple[int, int, int, int, int, int]] = []
+    def __init__(self, window: int | None = None) -> None:
+        self._window = window
+        self._chunks: list[tuple[int, ...]] = []
         self._chunk_rows: list[int] = []
         self._partials: dict[int, list[int]] = {}
         self._num_partials = 0
+        self._blocks: list[tuple[int, ...]] = []
+        self._spans: list[Span] = []
 
     def add(self, start: int, length: int, rows: Sequence[int], *, causal: bool = False) -> None:
         """Slots from `start` on, seen by `rows` of the batch: in full, or causally as their own KV."""
@@ -69,19 +85,32 @@ class ExtentBuilder:
                 self._partials.setdefault(row, []).append(self._num_partials + place)
             self._num_partials += len(rows)
 
-    def call(self) -> ExtentCall | None:
-        """None when nothing was added."""
-        if not self._chunks:
-            return None
+    def add_block(self, row: int, count: int, position: int, spans: Sequence[Span]) -> None:
+        """`count` rows from `row` on, at positions from `position` on, and all that they see: their own KV as well."""
+        self._blocks.append((row, count, position, len(self._spans), len(spans)))
+        self._spans.extend(spans)
+
+    def call(self) -> ExtentCall:
         numbers = sorted(self._partials)
         first = [0]
         for row in numbers:
             first.append(first[-1] + len(self._partials[row]))
         return ExtentCall(
-            rows=rows_of(numbers, torch.device("cpu")),
-            chunks=torch.tensor(self._chunks),
-            chunk_rows=torch.tensor(self._chunk_rows),
-            merge_first=torch.tensor(first),
-            merge_partial=torch.tensor([p for row in numbers for p in self._partials[row]]),
+            chunks=_table(self._chunks, 6),
+            chunk_rows=_list(self._chunk_rows),
+            merge_rows=_list(numbers),
+            merge_first=_list(first),
+            merge_partial=_list([p for row in numbers for p in self._partials[row]]),
             num_partials=self._num_partials,
+            blocks=_table(self._blocks, 5),
+            spans=_table(self._spans, 3),
+            window=self._window,
         )
+
+
+def _list(numbers: Sequence[int]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.long)
+
+
+def _table(rows: Sequence[tuple[int, ...]], width: int) -> Tensor:
+    return torch.tensor(rows, dtype=torch.long).reshape(len(rows), width)

@@ -104,8 +104,7 @@ def _agrees(fused: FusedLayer, seen: Seen) -> bool:
     rows = given.shape[1]
     pool = KVPool([(shape.kv_heads, shape.dim)] * (fused.index + 1), rows, given.dtype, given.device)
     segment = RowSegment(row=0, count=rows, position=0, slot=0, seen=())
-    few = few_rows(fused.kernels, [shape])
-    plan = AttentionPlan((segment,), given.dtype, given.device, rows, few)
+    plan = AttentionPlan((segment,), given.dtype, given.device, rows, fused.kernels.supports(shape.dim))
     try:
         found = fused(
             given.clone(),
@@ -116,10 +115,3 @@ def _agrees(fused: FusedLayer, seen: Seen) -> bool:
         return False
     difference = (found - seen.result).abs().max()
     return bool(difference <= _TOLERANCE[given.dtype] * seen.result.abs().max())
-
-
-def few_rows(kernels: Kernels, shapes: list[AttentionShape]) -> int:
-    """The most rows that a range's extent call may have: their query heads are folded into the rows of a KV head."""
-    if not all(kernels.supports(shape.dim) for shape in shapes):
-        return 0
-    return min(kernels.few_queries * shape.kv_heads // shape.heads for shape in shapes)

@@ -29,12 +29,8 @@ class StackRun(Protocol):
 
 
 class Kernels(Protocol):
-    """`few_queries`: how many query vectors a KV head may have in an ExtentCall; 0 where there is no `attend`."""
-
-    few_queries: int
-
     def supports(self, dim: int) -> bool:
-        """Whether heads of this size can be attended."""
+        """Whether there is an `attend` for heads of this size."""
         ...
 
     def product(self, weight: Tensor, bias: Tensor | None, kind: WeightKind | None, *, wide: bool = False) -> Product:
@@ -68,10 +64,8 @@ class Kernels(Protocol):
         """silu(gate) · up, of [rows, 2 · width] that holds both side by side."""
         ...
 
-    def attend(
-        self, query: Tensor, keys: Tensor, values: Tensor, call: ExtentCall, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """Attention of the call's rows, of query [heads, rows, dim]: out [call's rows, heads, dim], lse [heads, …]."""
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, call: ExtentCall, scale: float) -> Tensor:
+        """Attention of query [heads, rows, dim]: [rows, heads, dim]."""
         ...
 
     def add_deltas(self, x: Tensor, y: Tensor, context: DeltaContext, parts: Sequence[Part]) -> bool:
@@ -81,8 +75,6 @@ class Kernels(Protocol):
 
 class TorchKernels:
     """For every device and type."""
-
-    few_queries = 0
 
     def supports(self, dim: int) -> bool:
         return False
@@ -115,9 +107,7 @@ class TorchKernels:
         gate, up = both.chunk(2, dim=-1)
         return F.silu(gate) * up
 
-    def attend(
-        self, query: Tensor, keys: Tensor, values: Tensor, call: ExtentCall, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, call: ExtentCall, scale: float) -> Tensor:
         raise NotImplementedError("plans for these kernels have no ExtentCall")
 
     def add_deltas(self, x: Tensor, y: Tensor, context: DeltaContext, parts: Sequence[Part]) -> bool:

@@ -16,7 +16,7 @@ from midstream.models.attention_plan import AttentionPlan, RowSegment
 from midstream.models.chat import ChatTokenizer
 from midstream.models.deltas import DeltaContext
 from midstream.models.forward import Forward, ModelForward, agree, direct_forward
-from midstream.models.fuse import Watched, few_rows, fuse_layers, stack_layers
+from midstream.models.fuse import Watched, fuse_layers, stack_layers
 from midstream.models.fusions import fuse_norms
 from midstream.models.kernels import Kernels, TorchKernels
 from midstream.models.linear import wrap_linears
@@ -38,7 +38,7 @@ class LoadedModel:
     """A base model ready for the engine. `linear_shapes`: (out, in) of each adaptable layer by module path.
 
     `weights`: what its linear layers' weights were rounded to, None where they are as the model has them;
-    `few_rows`: the most rows that share a range in an attention call that `kernels` serve.
+    `extents`: whether `kernels` serve the attention of all layers.
     """
 
     name: str
@@ -47,7 +47,7 @@ class LoadedModel:
     chat: ChatTokenizer
     deltas: DeltaContext
     kernels: Kernels
-    few_rows: int
+    extents: bool
     linear_shapes: dict[str, tuple[int, int]]
     kv_shapes: list[tuple[int, int]]
     vocab_size: int
@@ -106,15 +106,15 @@ def prepare(
         shapes = fuse_layers(network, watched, attention, deltas, kernels, weights)
         stack_layers(network, kernels)
         shapes |= wrap_linears(network, deltas, kernels, weights)
-    few = few_rows(kernels, list(attention.values()))
+    extents = all(kernels.supports(shape.dim) for shape in attention.values())
     return LoadedModel(
         name=name,
         model=network,
-        forward=_pick_forward(network, kernels, few, list(attention.values())),
+        forward=_pick_forward(network, kernels, extents, list(attention.values())),
         chat=chat,
         deltas=deltas,
         kernels=kernels,
-        few_rows=few,
+        extents=extents,
         linear_shapes=shapes,
         kv_shapes=[(attention[layer].kv_heads, attention[layer].dim) for layer in sorted(attention)],
         vocab_size=config.vocab_size,
@@ -125,7 +125,7 @@ def prepare(
     )
 
 
-def _pick_forward(network: Any, kernels: Kernels, few: int, shapes: list[AttentionShape]) -> Forward:
+def _pick_forward(network: Any, kernels: Kernels, extents: bool, shapes: list[AttentionShape]) -> Forward:
     """The direct one where there is one and it gives what the model itself gives."""
     own = ModelForward(network)
     direct = direct_forward(network, kernels)
@@ -134,7 +134,7 @@ def _pick_forward(network: Any, kernels: Kernels, few: int, shapes: list[Attenti
     tokens = _probe_tokens(network)
     pool = KVPool([(shape.kv_heads, shape.dim) for shape in shapes], len(tokens), network.dtype, network.device)
     segment = RowSegment(row=0, count=len(tokens), position=0, slot=0, seen=())
-    plan = AttentionPlan((segment,), network.dtype, network.device, len(tokens), few)
+    plan = AttentionPlan((segment,), network.dtype, network.device, len(tokens), extents)
     return direct if agree(direct, own, tokens, ForwardPlan(plan, pool, kernels), _SAME[network.dtype]) else own
 
 

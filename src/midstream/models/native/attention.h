@@ -1,5 +1,6 @@
-// Attention of few rows over extents of the KV pool. Every unit is a chunk of one range for one KV head: its keys are
-// read once for all rows that see it. The units' results are merged by their log-sum-exp.
+// Attention over extents of the KV pool, in two ways. Rows of short segments: a unit of work is a chunk of one range for
+// one KV head, whose keys are read once for all rows that see it; the units' results are merged by their log-sum-exp.
+// Rows of long segments: a unit is a block of rows for one KV head, which reads all that its rows see.
 #pragma once
 
 #include <cmath>
@@ -9,7 +10,7 @@
 #include <immintrin.h>
 #endif
 
-#include "vector.h"
+#include "prefill.h"
 
 // What one step's attention reads and writes. Ranges are cut into `chunks`; a chunk is seen by `count` rows, whose
 // numbers stand in `rows` from `first` on, and `partial` is the first of its places in the scratch memory. In a causal
@@ -18,18 +19,32 @@ struct Chunk {
     int64_t start, length, first, count, causal, partial;
 };
 
+// `count` rows of the batch from `row` on, at positions from `position` on, and the spans that they see: each row the
+// keys at positions up to its own.
+struct Block {
+    int64_t row, count, position, first, spans;
+};
+
+// Slots `start` to `start + length`, with the keys at positions from `position` on.
+struct Span {
+    int64_t start, length, position;
+};
+
 struct Attention {
     const void* query;  // [heads, batch rows, dim]
     const void* keys;   // [kv_heads, slots, dim]
     const void* values;
-    void* out;       // [rows, heads, dim]
-    float* lse;      // [heads, rows]
+    void* out;       // [batch rows, heads, dim]
     float* scratch;  // [partials, heads, dim + 2]: accumulator, maximum, sum
     const Chunk* chunks;
     const int64_t* rows;         // of the chunks: rows of the batch
-    const int64_t* merge_first;  // by row: the first of its places in merge_partial; one more at the end
+    const int64_t* merge_rows;   // the rows that chunks see
+    const int64_t* merge_first;  // for each of them: the first of its places in merge_partial; one more at the end
     const int64_t* merge_partial;
-    int64_t num_chunks, num_rows, batch_rows, slots, heads, kv_heads, dim;
+    const Block* blocks;
+    const Span* spans;
+    int64_t num_chunks, num_merged, num_blocks, batch_rows, slots, heads, kv_heads, dim;
+    int64_t window;  // positions that a row of a block sees, its own included
     float scale;
     int32_t threads;
 };
@@ -171,19 +186,44 @@ void attend_tile(const Attention& a, const Chunk& chunk, int kv_head, int64_t fi
     }
 }
 
+// Query vectors from which a chunk is worth the packing of its keys.
+constexpr int64_t MANY = 12;
+
+// The query vectors `from` to `end` of a chunk's rows, together.
+template <typename T, int DIM>
+void attend_many(const Attention& a, const Chunk& chunk, int kv_head, int64_t from, int64_t end) {
+    const int64_t group = a.heads / a.kv_heads, offset = (kv_head * a.slots + chunk.start) * DIM;
+    QueryBlock<T, DIM> block(a.scale, NO_END);
+    for (int64_t i = from; i < end; i++) {
+        const int64_t place = i / group, head = kv_head * group + i % group, row = a.rows[chunk.first + place];
+        block.add((const T*)a.query + (head * a.batch_rows + row) * DIM, chunk.length - 1 - (chunk.causal ? chunk.count - 1 - place : 0));
+    }
+    block.close();
+    block.see((const T*)a.keys + offset, (const T*)a.values + offset, 0, chunk.length);
+    for (int64_t i = from; i < end; i++) {
+        const int64_t place = i / group, head = kv_head * group + i % group;
+        block.give(int(i - from), a.scratch + ((chunk.partial + place) * a.heads + head) * (DIM + 2));
+    }
+}
+
 template <typename T, int DIM>
 void attend_chunk(const Attention& a, const Chunk& chunk, int kv_head) {
     const int64_t queries = chunk.count * (a.heads / a.kv_heads);
-    int64_t at = 0;  // four query vectors fit the registers
-    for (; at + 4 <= queries; at += 4) attend_tile<T, DIM, 4>(a, chunk, kv_head, at);
+    int64_t at = 0;
+    while (queries - at >= MANY) {
+        const int64_t end = std::min<int64_t>(queries, at + QueryBlock<T, DIM>::MOST);
+        attend_many<T, DIM>(a, chunk, kv_head, at, end);
+        at = end;
+    }
+    for (; at + 4 <= queries; at += 4) attend_tile<T, DIM, 4>(a, chunk, kv_head, at);  // that fit the registers
     if (queries - at == 3) attend_tile<T, DIM, 3>(a, chunk, kv_head, at);
     if (queries - at == 2) attend_tile<T, DIM, 2>(a, chunk, kv_head, at);
     if (queries - at == 1) attend_tile<T, DIM, 1>(a, chunk, kv_head, at);
 }
 
 template <typename T, int DIM>
-void merge(const Attention& a, int64_t row, int64_t head) {
-    const int64_t *from = a.merge_partial + a.merge_first[row], *end = a.merge_partial + a.merge_first[row + 1];
+void merge(const Attention& a, int64_t place, int64_t head) {
+    const int64_t *from = a.merge_partial + a.merge_first[place], *end = a.merge_partial + a.merge_first[place + 1];
     float maximum = -std::numeric_limits<float>::infinity(), total = 0;
     for (const int64_t* p = from; p < end; p++) {
         const float found = a.scratch[(*p * a.heads + head) * (DIM + 2) + DIM];
@@ -197,23 +237,48 @@ void merge(const Attention& a, int64_t row, int64_t head) {
         total += weight * partial[DIM + 1];
         for (int d = 0; d < DIM; d += LANES) store(result + d, load(result + d) + weight * load(partial + d));
     }
-    T* out = (T*)a.out + (row * a.heads + head) * DIM;
+    T* out = (T*)a.out + (a.merge_rows[place] * a.heads + head) * DIM;
     const float share = total > 0 ? 1 / total : 0;
     for (int d = 0; d < DIM; d += LANES) store(out + d, load(result + d) * share);
-    a.lse[head * a.num_rows + row] = maximum + std::log(total);
 }
 
 template <typename T, int DIM>
+void attend_block(const Attention& a, const Block& rows, int kv_head) {
+    const int64_t group = a.heads / a.kv_heads, vectors = rows.count * group;
+    for (int64_t from = 0, end; from < vectors; from = end) {
+        end = std::min<int64_t>(vectors, from + QueryBlock<T, DIM>::MOST);
+        QueryBlock<T, DIM> block(a.scale, a.window);
+        for (int64_t i = from; i < end; i++) {
+            const int64_t place = i / group, head = kv_head * group + i % group;
+            block.add((const T*)a.query + (head * a.batch_rows + rows.row + place) * DIM, rows.position + place);
+        }
+        block.close();
+        for (const Span* span = a.spans + rows.first; span < a.spans + rows.first + rows.spans; span++) {
+            const int64_t offset = (kv_head * a.slots + span->start) * DIM;
+            block.see((const T*)a.keys + offset, (const T*)a.values + offset, span->position, span->length);
+        }
+        for (int64_t i = from; i < end; i++) {
+            const int64_t place = i / group, head = kv_head * group + i % group;
+            block.finish(int(i - from), (T*)a.out + ((rows.row + place) * a.heads + head) * DIM);
+        }
+    }
+}
+
+// To be called by all threads of a parallel region.
+template <typename T, int DIM>
 void attend_in_team(const Attention& a) {
+#pragma omp for collapse(2) schedule(dynamic, 1) nowait
+    for (int64_t b = 0; b < a.num_blocks; b++)
+        for (int64_t h = 0; h < a.kv_heads; h++) attend_block<T, DIM>(a, a.blocks[b], int(h));
 #pragma omp for collapse(2) schedule(dynamic, 1)
     for (int64_t c = 0; c < a.num_chunks; c++)
         for (int64_t h = 0; h < a.kv_heads; h++) attend_chunk<T, DIM>(a, a.chunks[c], int(h));
 #pragma omp for collapse(2) schedule(static)
-    for (int64_t r = 0; r < a.num_rows; r++)
-        for (int64_t h = 0; h < a.heads; h++) merge<T, DIM>(a, r, h);
+    for (int64_t m = 0; m < a.num_merged; m++)
+        for (int64_t h = 0; h < a.heads; h++) merge<T, DIM>(a, m, h);
 }
 
-// For all threads of a team. False where there is no kernel for heads of this size.
+// The same; false, with nothing done, where there is no kernel for heads of this size.
 template <typename T>
 bool attend_in_team(const Attention& a) {
     switch (a.dim) {
@@ -224,4 +289,12 @@ bool attend_in_team(const Attention& a) {
         case 256: return attend_in_team<T, 256>(a), true;
         default: return false;
     }
+}
+
+template <typename T>
+bool attend(const Attention& a) {
+    bool done = true;
+#pragma omp parallel num_threads(a.threads) reduction(&& : done)
+    done = attend_in_team<T>(a);
+    return done;
 }

@@ -6,18 +6,6 @@ namespace {
 constexpr int64_t SERIAL = 1 << 15;  // numbers below which waking a second thread costs more than it saves
 
 template <typename T>
-bool attend(const Attention& a) {
-    bool served = true;
-#pragma omp parallel num_threads(a.threads)
-    {
-        const bool mine = attend_in_team<T>(a);
-#pragma omp single
-        served = mine;
-    }
-    return served;
-}
-
-template <typename T>
 void add_norm(const Norm& n, int32_t threads) {
 #pragma omp parallel num_threads(threads) if (n.rows * n.dim > SERIAL)
     add_norm_in_team<T>(n);

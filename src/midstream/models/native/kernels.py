@@ -25,15 +25,10 @@ from midstream.models.products import Product, WeightKind
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _HEAD_DIMS = (32, 64, 96, 128, 256)
-# Query vectors of a KV head up to which a range is read by these kernels: at 2,048 keys they take half of the time
-# of torch's attention for 144 query vectors, and a fifth of it for 3.
-_FEW_QUERIES = 192
 
 
 class NativeKernels(TorchKernels):
     """For float32 and bfloat16 on a CPU; what they do not serve goes to torch's own."""
-
-    few_queries = _FEW_QUERIES
 
     def __init__(self, library: ctypes.PyDLL) -> None:
         self._library = library
@@ -91,19 +86,16 @@ class NativeKernels(TorchKernels):
         self._gated(both.data_ptr(), out.data_ptr(), rows, width, torch.get_num_threads(), _TYPES[both.dtype])
         return out
 
-    def attend(
-        self, query: Tensor, keys: Tensor, values: Tensor, call: ExtentCall, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, call: ExtentCall, scale: float) -> Tensor:
         query = query.contiguous()  # transformers' own layers give it as a transposed view
-        heads, batch_rows, dim = query.shape
-        arguments = extent_arguments(call, keys, heads, batch_rows, scale)
-        out = query.new_empty(call.rows.total, heads, dim)
-        lse = torch.empty(heads, call.rows.total)
+        heads, rows, dim = query.shape
+        arguments = extent_arguments(call, keys, heads, rows, scale)
+        out = query.new_empty(rows, heads, dim)
         arguments.query, arguments.keys, arguments.values = query.data_ptr(), keys.data_ptr(), values.data_ptr()
-        arguments.out, arguments.lse = out.data_ptr(), lse.data_ptr()
+        arguments.out = out.data_ptr()
         if not self._attend(byref(arguments), _TYPES[query.dtype]):
             raise RuntimeError(f"no attention kernel for heads of {dim}")
-        return out, lse
+        return out
 
     def add_deltas(self, x: Tensor, y: Tensor, context: DeltaContext, parts: Sequence[Part]) -> bool:
         if x.shape[1] % depth_step(x.dtype):

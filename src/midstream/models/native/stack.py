@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from ctypes import byref
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from midstream.models.attention_plan import AttentionPlan
 from midstream.models.deltas import DeltaContext
-from midstream.models.extents import ExtentCall
 from midstream.models.layer import FusedLayer
 from midstream.models.native import structs
 from midstream.models.native.attention import extent_arguments
@@ -52,19 +50,18 @@ class NativeStack:
         self._factors = FactorTables([linear.parts for layer in layers for linear in layer.linears])
         self._kinds = tuple(_Kind(layer.shape.window, layer.shape.scale) for layer in layers)
         self._distinct = frozenset(self._kinds)
-        self._memory = self._lse = torch.empty(0)
+        self._memory = torch.empty(0)
         self._pool: KVPool | None = None
         self._keys = self._values = (ctypes.c_void_p * 0)()
 
     def __call__(self, x: Tensor, positions: tuple[Tensor, Tensor], plan: ForwardPlan, context: DeltaContext) -> bool:
-        calls = _extent_calls(self._distinct, plan.attention)
-        if calls is None or not x.is_contiguous():
+        if not plan.attention.extents or not x.is_contiguous():
             return False
         self._use(plan.pool)
         rows = x.shape[0]
         cosine, sine = (part.contiguous() for part in positions)
         deltas = StepDeltas(self._factors, context.groups, x.dtype) if context.groups else None
-        attention = self._attention(calls, plan.pool, rows)
+        attention = self._attention(plan, rows)
         forward = structs.Forward(
             x.data_ptr(),
             *self._work(x),
@@ -90,15 +87,13 @@ class NativeStack:
             values = [pool.values[layer.index].data_ptr() for layer in self._layers]
             self._keys, self._values = (ctypes.c_void_p * len(keys))(*keys), (ctypes.c_void_p * len(keys))(*values)
 
-    def _attention(self, calls: Mapping[_Kind, ExtentCall], pool: KVPool, rows: int) -> ctypes.Array[ctypes.c_void_p]:
+    def _attention(self, plan: ForwardPlan, rows: int) -> ctypes.Array[ctypes.c_void_p]:
         """By layer: the address of its attention's arguments."""
-        shape = self._layers[0].shape
-        self._lse = torch.empty(shape.heads, rows)
+        keys, heads = plan.pool.keys[self._layers[0].index], self._layers[0].shape.heads
         addresses = {}
-        for kind, call in calls.items():
-            arguments = extent_arguments(call, pool.keys[self._layers[0].index], shape.heads, rows, kind.scale)
-            arguments.lse = self._lse.data_ptr()
-            addresses[kind] = ctypes.addressof(arguments)
+        for kind in self._distinct:
+            call = plan.attention.extent_call(kind.window)
+            addresses[kind] = ctypes.addressof(extent_arguments(call, keys, heads, rows, kind.scale))
         return (ctypes.c_void_p * len(self._kinds))(*[addresses[kind] for kind in self._kinds])
 
     def _work(self, x: Tensor) -> list[int]:
@@ -125,14 +120,3 @@ def _layer(layer: FusedLayer) -> structs.Layer:
     weights = [linear.product.weight for linear in layer.linears if isinstance(linear.product, PackedProduct)]
     first, second = layer.first_norm, layer.second_norm
     return structs.Layer(first.weight.data_ptr(), second.weight.data_ptr(), *weights, first.eps, second.eps)
-
-
-def _extent_calls(kinds: Iterable[_Kind], plan: AttentionPlan) -> dict[_Kind, ExtentCall] | None:
-    """Each kind of layer's attention, where all are one call of all rows."""
-    found: dict[_Kind, ExtentCall] = {}
-    for kind in kinds:
-        calls = plan.calls(kind.window)
-        if len(calls) != 1 or not isinstance(calls[0], ExtentCall) or calls[0].rows.total != plan.num_rows:
-            return None
-        found[kind] = calls[0]
-    return found

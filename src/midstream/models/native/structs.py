@@ -7,10 +7,11 @@ import ctypes
 
 class Attention(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("query", "keys", "values", "out", "lse", "scratch")),
-        *((name, ctypes.c_void_p) for name in ("chunks", "rows", "merge_first", "merge_partial")),
-        *((name, ctypes.c_int64) for name in ("num_chunks", "num_rows", "batch_rows", "slots")),
-        *((name, ctypes.c_int64) for name in ("heads", "kv_heads", "dim")),
+        *((name, ctypes.c_void_p) for name in ("query", "keys", "values", "out", "scratch")),
+        *((name, ctypes.c_void_p) for name in ("chunks", "rows", "merge_rows", "merge_first", "merge_partial")),
+        *((name, ctypes.c_void_p) for name in ("blocks", "spans")),
+        *((name, ctypes.c_int64) for name in ("num_chunks", "num_merged", "num_blocks", "batch_rows", "slots")),
+        *((name, ctypes.c_int64) for name in ("heads", "kv_heads", "dim", "window")),
         ("scale", ctypes.c_float),
         ("threads", ctypes.c_int32),
     )

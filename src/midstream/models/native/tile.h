@@ -34,7 +34,7 @@ constexpr bool has_products() {
 constexpr int64_t AHEAD = 8192;  // bytes
 
 // One step in depth: total[row] += a[row] · panel, of weights of type W.
-template <typename T, typename W>
+template <typename T, typename W = T>
 struct Step;
 
 template <typename W>

@@ -4,6 +4,10 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 typedef float vf __attribute__((vector_size(64)));
 typedef float vf8 __attribute__((vector_size(32)));
 typedef float vf4 __attribute__((vector_size(16)));
@@ -109,6 +113,17 @@ inline float largest(vf v) {
     float found = v[0];
     for (int i = 1; i < LANES; i++) found = v[i] > found ? v[i] : found;
     return found;
+}
+
+inline bool any_above(vf v, float bound) {
+#ifdef __AVX512F__
+    return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(bound), _CMP_GT_OQ) != 0;
+#else
+    const vi above = v > bound;
+    int32_t found = 0;
+    for (int i = 0; i < LANES; i++) found |= above[i];
+    return found != 0;
+#endif
 }
 
 // e^x for x <= some 88: x = n ln 2 + r, a polynomial in r of relative error below 2e-7, and n put into the exponent.

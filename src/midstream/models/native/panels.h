@@ -1,0 +1,86 @@
+// Keys and values of a range, packed as the panels that tile.h multiplies with.
+#pragma once
+
+#include <type_traits>
+#include <utility>
+
+#include "tile.h"
+
+// The type in which panels are multiplied: bfloat16 where the processor does that itself, else float32.
+#ifdef __AVX512BF16__
+template <typename T>
+using Multiplied = T;
+#else
+template <typename T>
+using Multiplied = float;
+#endif
+
+// Four bytes in each lane: one float32, or two neighbours of bfloat16.
+template <typename C, typename T>
+inline vu words(const T* from) {
+    vu found;
+    if constexpr (std::is_same_v<C, T>) {
+        std::memcpy(&found, from, sizeof found);
+    } else {
+        found = (vu)load(from);
+    }
+    return found;
+}
+
+// The blocks of S x S words off the diagonal change places.
+template <int S, int... LANE>
+inline void exchange(vu& a, vu& b, std::integer_sequence<int, LANE...>) {
+    const vu first = __builtin_shufflevector(a, b, (LANE & S ? LANES + LANE - S : LANE)...);
+    b = __builtin_shufflevector(a, b, (LANE & S ? LANES + LANE : LANE + S)...);
+    a = first;
+}
+
+template <int S>
+inline void exchange_all(vu (&rows)[LANES]) {
+    for (int i = 0; i < LANES; i++)
+        if (!(i & S)) exchange<S>(rows[i], rows[i + S], std::make_integer_sequence<int, LANES>());
+}
+
+inline void transpose(vu (&rows)[LANES]) {
+    exchange_all<8>(rows);
+    exchange_all<4>(rows);
+    exchange_all<2>(rows);
+    exchange_all<1>(rows);
+}
+
+// keys [length, DIM] to one panel for every PANEL of them, over all of DIM. The last is filled up with nought.
+template <typename C, int DIM, typename T>
+void pack_keys(const T* keys, int length, C* panels) {
+    constexpr int DEPTH = Step<C>::DEPTH, WORDS = DIM / DEPTH;
+    const int whole = (length + PANEL - 1) / PANEL * PANEL;
+    for (int from = 0; from < whole; from += LANES) {
+        C* to = panels + from / PANEL * PANEL * DIM + from % PANEL * DEPTH;
+        for (int word = 0; word < WORDS; word += LANES) {
+            vu rows[LANES];
+            for (int i = 0; i < LANES; i++)
+                rows[i] = from + i < length ? words<C>(keys + (from + i) * DIM + word * DEPTH) : vu{};
+            transpose(rows);
+            for (int i = 0; i < LANES; i++) std::memcpy(to + (word + i) * PANEL * DEPTH, &rows[i], sizeof rows[i]);
+        }
+    }
+}
+
+// values [length, DIM] to one panel for every PANEL numbers of them, over all keys; `stride` numbers lie between two.
+template <int DIM, typename T>
+void pack_values(const T* values, int length, float* panels, int64_t stride) {
+    for (int k = 0; k < length; k++)
+        for (int d = 0; d < DIM; d += LANES)
+            store(panels + d / PANEL * stride + k * PANEL + d % PANEL, load(values + k * DIM + d));
+}
+
+template <int DIM>
+void pack_values(const bf16* values, int length, bf16* panels, int64_t stride) {
+    for (int k = 0; k < length; k += 2)
+        for (int d = 0; d < DIM; d += LANES) {
+            vh even, odd = {};
+            std::memcpy(&even, values + k * DIM + d, sizeof even);
+            if (k + 1 < length) std::memcpy(&odd, values + (k + 1) * DIM + d, sizeof odd);
+            const vu pairs = __builtin_convertvector(even, vu) | __builtin_convertvector(odd, vu) << 16;
+            std::memcpy(panels + d / PANEL * stride + k * PANEL + d % PANEL * 2, &pairs, sizeof pairs);
+        }
+}

@@ -45,6 +45,7 @@ def tiny_chat() -> ChatTokenizer:
 
 
 def tiny_engine(model: Any, **config: Any) -> AsyncEngine:
-    """An engine over a copy of `model`."""
+    """An engine over a copy of `model`. However slow the machine: only `max_step_tokens` cuts a prefill."""
     config.setdefault("kv_budget_bytes", 4 * 1024**2)
+    config.setdefault("prefill_step_s", 1e6)
     return AsyncEngine(prepare(copy.deepcopy(model), tiny_chat(), name="tiny"), EngineConfig(**config))

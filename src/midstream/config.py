@@ -14,8 +14,8 @@ class EngineConfig(BaseModel):
     """How much memory and how many tokens the engine may use.
 
     `kv_budget_bytes` is the size of the KV pool; None takes 512 MiB or one full context, whichever is larger, and at
-    most a quarter of the free memory. `max_step_tokens` bounds the tokens of one forward (chunked prefill). Where
-    decoding or short requests share a forward with a long prefill, its part is such that it takes some `shared_step_s`.
+    most a quarter of the free memory. A long prefill is cut into chunks that take some `prefill_step_s`, so that
+    nobody who comes meanwhile waits longer; `max_step_tokens` bounds the tokens of one forward.
     `max_running_sequences` counts branches: a request with n = 4 has four.
     """
 
@@ -24,7 +24,7 @@ class EngineConfig(BaseModel):
     kv_budget_bytes: int | None = Field(default=None, gt=0)
     max_context_tokens: int | None = Field(default=None, gt=0)
     max_step_tokens: int = Field(default=512, ge=1)
-    shared_step_s: float = Field(default=0.1, gt=0.0)
+    prefill_step_s: float = Field(default=0.1, gt=0.0)
     max_running_sequences: int = Field(default=64, ge=1)
     max_queued_requests: int = Field(default=1024, ge=1)
     adapter_budget_bytes: int = Field(default=2 * 1024**3, gt=0)

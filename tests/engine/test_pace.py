@@ -49,16 +49,17 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
     return seen
 
 
-async def test_a_long_prefill_is_whole_alone_and_cut_beside_a_decode(model: Any, steps: list[Step]) -> None:
-    engine = tiny_engine(model, max_step_tokens=256, shared_step_s=1e-6)
+async def test_a_long_prefill_is_cut_alone_and_beside_a_decode(model: Any, steps: list[Step]) -> None:
+    engine = tiny_engine(model, max_step_tokens=256, prefill_step_s=1e-6)
     try:
         long = Request(prompt=tuple(i % 300 for i in range(500)), params=SamplingParams(max_tokens=1))
         alone = await engine.complete(long)
-        assert [step.num_tokens for step in steps] == [256, 244]
+        # Nothing is known before the first step; then as few as there may be.
+        assert [step.num_tokens for step in steps] == [256, *[32] * 7, 20]
         await engine.clear_cache()
         steps.clear()
 
-        params = SamplingParams(max_tokens=30, ignore_eos=True)
+        params = SamplingParams(max_tokens=300, ignore_eos=True)
         decoding = asyncio.create_task(engine.complete(Request(prompt=(5, 6, 7), params=params)))
         while len(steps) < 3:
             await asyncio.sleep(0)
@@ -69,5 +70,19 @@ async def test_a_long_prefill_is_whole_alone_and_cut_beside_a_decode(model: Any,
         assert len(shared) >= 10
         assert max(shared) <= 33
         assert beside.token_ids == alone.token_ids
+    finally:
+        await engine.aclose()
+
+
+async def test_prompts_that_come_together_share_what_a_step_may_take(model: Any, steps: list[Step]) -> None:
+    engine = tiny_engine(model, max_step_tokens=256, prefill_step_s=1e-6)
+    try:
+        await engine.complete(Request(prompt=tuple(range(40)), params=SamplingParams(max_tokens=1)))
+        steps.clear()
+        prompts = [tuple((i * k + k) % 300 for i in range(100)) for k in (7, 11, 13)]
+        params = SamplingParams(max_tokens=1)
+        await asyncio.gather(*(engine.complete(Request(prompt=prompt, params=params)) for prompt in prompts))
+        assert max(step.num_tokens for step in steps) <= 64  # 32 of long ones, and as many of one whose rest is short
+        assert sum(step.num_tokens for step in steps) == 300
     finally:
         await engine.aclose()

@@ -54,7 +54,7 @@ class AsyncEngine:
                 tree,
                 max_step_tokens=config.max_step_tokens,
                 max_running=config.max_running_sequences,
-                pace=Pace(config.shared_step_s),
+                pace=Pace(config.prefill_step_s),
             ),
             registry=AdapterRegistry(config.adapter_budget_bytes),
             writer=OutputWriter(loaded.chat.decode, loaded.chat.eos_token_ids, loaded.chat.token_text),

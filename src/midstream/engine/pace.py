@@ -1,4 +1,4 @@
-"""How much prefill a step may hold while somebody waits for its end: chosen by time, from what steps have cost."""
+"""How much prefill a step may hold, for somebody may come and wait for its end: by time, from what steps have cost."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _WEIGHT = 0.2
 
 
 class Pace:
-    """`target_s`: how long a step may take that a decoding or short branch shares with a long prefill."""
+    """`target_s`: how long a step with a long prefill may take."""
 
     def __init__(self, target_s: float) -> None:
         self._target_s = target_s
@@ -25,7 +25,7 @@ class Pace:
         self.seconds_per_token = share if mean is None else (1 - _WEIGHT) * mean + _WEIGHT * share
 
     def tokens(self, most: int) -> int:
-        """Tokens of a long prefill that fit a shared step, at most `most`."""
+        """Tokens of long prefills that fit a step, at most `most`."""
         if not self.seconds_per_token:
             return most
         return min(most, max(_LEAST_TOKENS, int(self._target_s / self.seconds_per_token)))

@@ -29,8 +29,8 @@ class Scheduler:
     """Admission in arrival order, then continuous batching with chunked prefill.
 
     Slots for a branch's whole life (prompt and `max_tokens`) are reserved at admission, so a running branch is
-    never preempted: pressure on memory delays admission and nothing else. Where decoding and short branches share a
-    step with a long prefill, `pace` bounds its part.
+    never preempted: pressure on memory delays admission and nothing else. `pace` bounds the part of a step that long
+    prefills have: what comes while it runs waits no longer.
     """
 
     def __init__(self, tree: KVTree, *, max_step_tokens: int, max_running: int, pace: Pace) -> None:
@@ -95,9 +95,7 @@ class Scheduler:
         planned: dict[Node, int] = {}
         most = self._max_step_tokens
         short, long = _by_length(running)
-        if not (short and long):
-            return _fill(short or long, planned, most)
-        first = _fill(short, planned, most - int(most * (1 - SHORT_SHARE)))
+        first = _fill(short, planned, most - int(most * (1 - SHORT_SHARE)) if long else most)
         left = most - sum(piece.count for piece in first)
         return first + _fill(long, planned, min(left, self.pace.tokens(most)))
 

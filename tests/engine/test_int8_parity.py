@@ -11,12 +11,12 @@ import torch
 import transformers as tf
 from torch import nn
 
-from midstream.models.kernels import Kernels, TorchKernels
+from midstream.models.kernels import Kernels
 from midstream.models.load import prepare
 from midstream.models.native.products import PackedProduct
 from midstream.models.products import Int8Product, quantized
 from midstream.types import Request, SamplingParams
-from tests.engine.test_native_parity import assert_equal, fused_engine, request_of
+from tests.engine.test_native_parity import assert_equal, fused_engine
 from tests.engine.test_parity import EIGHT, TEXT, placements
 from tests.helpers import SEVEN, make_adapter_folder
 from tests.models.native import KERNELS, decoder_layers, kernels_named

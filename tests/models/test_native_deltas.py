@@ -56,7 +56,9 @@ def in_turn(
     return groups, first
 
 
-def expected(x: Tensor, y: Tensor, groups: Sequence[DeltaGroup], parts: Sequence[Part] = PARTS) -> tuple[Tensor, Tensor]:
+def expected(
+    x: Tensor, y: Tensor, groups: Sequence[DeltaGroup], parts: Sequence[Part] = PARTS
+) -> tuple[Tensor, Tensor]:
     """y with the deltas; and by how much bfloat16 may be off, which rounds A x and then the sum."""
     y, off = y.double(), torch.zeros(y.shape, dtype=torch.double)
     for group in groups:

@@ -16,17 +16,20 @@ from midstream.config import EngineConfig
 from midstream.engine.engine import AsyncEngine
 from midstream.engine.runner import Runner
 from midstream.engine.step import Step
+from midstream.models.deltas import DeltaContext
 from midstream.models.kernels import Kernels, TorchKernels
 from midstream.models.layer import FusedLayer
 from midstream.models.load import prepare
+from midstream.models.native.stack import NativeStack
+from midstream.models.products import WeightKind
+from midstream.models.stack import FusedStack
 from midstream.types import Completion, Request, SamplingParams
 from tests.engine.test_parity import EIGHT, TEXT, check, placements
 from tests.helpers import SEVEN, make_adapter_folder, tiny_config, tiny_model
-from tests.models.native import native, needs_compiler
+from tests.models.native import KERNELS, PackedKernels, UnpackedKernels, decoder_layers, kernels_named
 from tests.reference import greedy, logits, peft_model
 from tests.tiny import tiny_chat
 
-KERNELS = [pytest.param("torch"), pytest.param("native", marks=needs_compiler)]
 TARGETS: dict[str, Sequence[str]] = {
     "all seven": SEVEN,
     "only q_proj": ("q_proj",),
@@ -64,7 +67,7 @@ def reference(model: Any, folders: dict[str, Path]) -> Any:
 
 @pytest.fixture(params=KERNELS)
 def kernels(request: pytest.FixtureRequest) -> Kernels:
-    return native() if request.param == "native" else TorchKernels()
+    return kernels_named(request.param)
 
 
 @pytest.fixture
@@ -80,9 +83,25 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
     return seen
 
 
-def fused_engine(model: Any, kernels: Kernels, **config: Any) -> AsyncEngine:
-    loaded = prepare(copy.deepcopy(model), tiny_chat(), name="tiny", kernels=kernels)
-    assert all(isinstance(layer, FusedLayer) for layer in loaded.model.model.layers)
+@pytest.fixture
+def one_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many adapters had rows in each step that went through all layers in one call."""
+    run, seen = NativeStack.__call__, []
+
+    def note(self: NativeStack, x: Any, positions: Any, plan: Any, context: DeltaContext) -> bool:
+        served = run(self, x, positions, plan, context)
+        if served:
+            seen.append(len(context.groups))
+        return served
+
+    monkeypatch.setattr(NativeStack, "__call__", note)
+    return seen
+
+
+def fused_engine(model: Any, kernels: Kernels, weights: WeightKind | None = None, **config: Any) -> AsyncEngine:
+    loaded = prepare(copy.deepcopy(model), tiny_chat(), name="tiny", kernels=kernels, weights=weights)
+    assert all(isinstance(layer, FusedLayer) for layer in decoder_layers(loaded))
+    assert isinstance(loaded.model.model.layers[0], FusedStack) == isinstance(kernels, PackedKernels)
     assert loaded.extents == (type(kernels) is not TorchKernels)
     return AsyncEngine(loaded, EngineConfig(kv_budget_bytes=8 * 1024**2, **config))
 
@@ -134,7 +153,12 @@ async def test_one_adapter_equals_pefts(
 
 
 async def test_six_adapters_in_one_step_share_a_prefix(
-    engine: AsyncEngine, kernels: Kernels, reference: Any, steps: list[Step], monkeypatch: pytest.MonkeyPatch
+    engine: AsyncEngine,
+    kernels: Kernels,
+    reference: Any,
+    steps: list[Step],
+    one_calls: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     served: list[bool] = []
     add = kernels.add_deltas
@@ -152,7 +176,9 @@ async def test_six_adapters_in_one_step_share_a_prefix(
         # An aLoRA reads what the base has of the text, a LoRA has KV of its own.
         assert (answer.usage.cached_tokens >= len(TEXT)) == ("invocation" in SIX[str(request.adapter)])
     assert [step for step in steps if len(step.groups) == 6 and step.num_tokens == 6]
-    assert any(served) == (type(kernels) is not TorchKernels)
+    # Layer by layer each product adds its deltas; torch's kernels decline, and one call has them in it.
+    assert any(served) == isinstance(kernels, UnpackedKernels)
+    assert (6 in one_calls) == isinstance(kernels, PackedKernels)
 
 
 @pytest.mark.parametrize("model", [32, 64], indirect=True)

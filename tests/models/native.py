@@ -3,27 +3,87 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from midstream.models.attention import attend_by_definition
 from midstream.models.attention_plan import Rows
 from midstream.models.extents import ExtentCall
-from midstream.models.kernels import TorchKernels
+from midstream.models.kernels import Kernels, TorchKernels
+from midstream.models.load import LoadedModel
 from midstream.models.native.kernels import NativeKernels, pick_kernels
+from midstream.models.native.pack import depth_step
+from midstream.models.native.products import PackedProduct
+from midstream.models.products import Product, WeightKind
+from midstream.models.stack import FusedStack
 
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="needs a C++ compiler: one of g++, clang++, c++"
 )
 DTYPES = (torch.float32, torch.bfloat16)
+# The kernels that a model may run on, whatever this machine's processor: torch's; the compiled ones layer by layer, as
+# where registers are narrow; all layers in one call.
+KERNELS = [
+    pytest.param("torch"),
+    pytest.param("layers", marks=needs_compiler),
+    pytest.param("stack", marks=needs_compiler),
+]
 
 
 def native(dtype: torch.dtype = torch.float32) -> NativeKernels:
     kernels = pick_kernels(dtype, torch.device("cpu"))
     assert isinstance(kernels, NativeKernels)
     return kernels
+
+
+class UnpackedKernels(NativeKernels):
+    """As on a processor whose registers are narrow: the products are torch's."""
+
+    def product(self, weight: Tensor, bias: Tensor | None, kind: WeightKind | None, *, wide: bool = False) -> Product:
+        return TorchKernels.product(self, weight, bias, kind, wide=wide)
+
+
+class PackedKernels(NativeKernels):
+    """As on a processor whose registers are wide: every product of even depth is packed."""
+
+    def product(self, weight: Tensor, bias: Tensor | None, kind: WeightKind | None, *, wide: bool = False) -> Product:
+        if weight.shape[1] % depth_step(weight.dtype):
+            return TorchKernels.product(self, weight, bias, kind, wide=wide)
+        return packed(weight, bias, kind, wide=wide)
+
+
+def packed(
+    weight: Tensor, bias: Tensor | None = None, kind: WeightKind | None = None, *, wide: bool = False
+) -> PackedProduct:
+    """On any processor, wide registers or not."""
+    return PackedProduct(native()._library, DTYPES.index(weight.dtype), weight, bias, kind, wide=wide)
+
+
+def kernels_named(name: str) -> Kernels:
+    """One of KERNELS."""
+    if name == "torch":
+        return TorchKernels()
+    return (UnpackedKernels if name == "layers" else PackedKernels)(native()._library)
+
+
+def decoder_layers(loaded: LoadedModel) -> list[nn.Module]:
+    """The model's layers, be they in a stack or not."""
+    layers = list(loaded.model.model.layers)
+    return list(layers[0].layers) if isinstance(layers[0], FusedStack) else layers
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -15,13 +15,13 @@ from transformers.models.llama import modeling_llama
 
 from midstream.config import EngineConfig
 from midstream.engine.engine import AsyncEngine
-from midstream.models.kernels import Kernels, TorchKernels
 from midstream.models.layer import FusedLayer
 from midstream.models.linear import AdapterLinear
 from midstream.models.load import LoadedModel, prepare
+from midstream.models.stack import FusedStack
 from midstream.types import Request
 from tests.helpers import tiny_model
-from tests.models.native import native, needs_compiler
+from tests.models.native import KERNELS, decoder_layers, kernels_named, needs_compiler
 from tests.models.served import check
 from tests.models.test_architectures import COMMON, MOE
 from tests.reference import logits
@@ -70,7 +70,6 @@ KEPT: dict[str, tuple[Any, dict[str, Any]]] = {
     "qwen3_moe": (tf.Qwen3MoeConfig, {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),
     "granitemoe": (tf.GraniteMoeConfig, {**MOE, "hidden_size": 128}),
 }
-KERNELS = [pytest.param("torch"), pytest.param("native", marks=needs_compiler)]
 
 
 def network(config: Any, more: dict[str, Any]) -> Any:
@@ -86,15 +85,15 @@ def network(config: Any, more: dict[str, Any]) -> Any:
     return model
 
 
-def made(model: Any, kernels: str = "picked") -> LoadedModel:
-    """A copy of the model, prepared with the kernels that the engine picks or with the named ones."""
-    named: Kernels | None = TorchKernels() if kernels == "torch" else native() if kernels == "native" else None
+def made(model: Any, kernels: str | None = None) -> LoadedModel:
+    """A copy of the model, prepared with the named kernels or, with None, those that the engine picks."""
+    named = None if kernels is None else kernels_named(kernels)
     return prepare(copy.deepcopy(model), tiny_chat(), name="tiny", kernels=named)
 
 
 def fused(loaded: LoadedModel) -> list[bool]:
     """By layer: whether it is a fused one."""
-    return [isinstance(layer, FusedLayer) for layer in loaded.model.model.layers]
+    return [isinstance(layer, FusedLayer) for layer in decoder_layers(loaded)]
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
@@ -104,7 +103,8 @@ async def test_layers_of_the_common_kind_are_fused_and_equal_to_transformers(nam
     for step_tokens in (11, 512):
         loaded = made(model, kernels)
         assert fused(loaded) == [True] * 3
-        assert loaded.extents == (kernels == "native")
+        assert loaded.extents == (kernels != "torch")
+        assert isinstance(loaded.model.model.layers[0], FusedStack) == (kernels == "stack")
         await check(model, loaded, step_tokens)
 
 
@@ -112,7 +112,7 @@ async def test_layers_of_the_common_kind_are_fused_and_equal_to_transformers(nam
 @pytest.mark.parametrize("name", KEPT)
 async def test_other_layers_stay_and_are_equal_to_transformers(name: str) -> None:
     model = network(*KEPT[name])
-    loaded = made(model, "native")
+    loaded = made(model, "stack")
     assert fused(loaded) == [False] * 3
     assert loaded.extents
     assert [type(layer) for layer in loaded.model.model.layers] == [type(layer) for layer in model.model.layers]

@@ -73,6 +73,11 @@ class Kernels(Protocol):
         ...
 
 
+def add_scaled(x: Tensor, update: Tensor, scale: float) -> None:
+    """Add scale · update to x in place. Not by torch's `alpha`, which is itself rounded to the tensors' type."""
+    x.add_(update if scale == 1.0 else update * scale)
+
+
 class TorchKernels:
     """For every device and type."""
 
@@ -90,7 +95,7 @@ class TorchKernels:
         return F.rms_norm(x, weight.shape, weight, eps)
 
     def add_norm(self, x: Tensor, update: Tensor, alpha: float, weight: Tensor, eps: float) -> Tensor:
-        x.add_(update, alpha=alpha)
+        add_scaled(x, update, alpha)
         return self.norm(x, weight, eps)
 
     def rotate(self, qkv: Tensor, cosine: Tensor, sine: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> Tensor:

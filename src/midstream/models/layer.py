@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from midstream.models.attention import attend
 from midstream.models.deltas import DeltaContext
-from midstream.models.kernels import Kernels
+from midstream.models.kernels import Kernels, add_scaled
 from midstream.models.linear import AdapterLinear
 from midstream.models.pool import AttentionShape, ForwardPlan
 from midstream.models.products import WeightKind
@@ -65,7 +65,7 @@ class FusedLayer(nn.Module):
         normed = kernels.norm(x, self.first_norm.weight, self.first_norm.eps)
         update = self.o(self._attended(self.qkv(normed), position_embeddings, midstream_plan))
         normed = kernels.add_norm(x, update, scale, self.second_norm.weight, self.second_norm.eps)
-        x.add_(self.down(kernels.gated(self.gate_up(normed))), alpha=scale)
+        add_scaled(x, self.down(kernels.gated(self.gate_up(normed))), scale)
         return hidden_states
 
     def _attended(self, qkv: Tensor, position_embeddings: tuple[Tensor, Tensor], plan: ForwardPlan) -> Tensor:

@@ -39,7 +39,7 @@ class NativeKernels(TorchKernels):
         self._gated.argtypes = (ctypes.c_void_p, ctypes.c_void_p, *(ctypes.c_int64,) * 2, *(ctypes.c_int32,) * 2)
         self._add_deltas = library.midstream_add_deltas
         self._add_deltas.argtypes = (*(ctypes.c_void_p,) * 4, *(ctypes.c_int32,) * 2)
-        self._tables: dict[str, FactorTables] = {}
+        self._tables: dict[tuple[Part, ...], FactorTables] = {}
 
     def supports(self, dim: int) -> bool:
         return dim in _HEAD_DIMS
@@ -100,9 +100,11 @@ class NativeKernels(TorchKernels):
     def add_deltas(self, x: Tensor, y: Tensor, context: DeltaContext, parts: Sequence[Part]) -> bool:
         if x.shape[1] % depth_step(x.dtype):
             return False
-        if parts[0].path not in self._tables:
-            self._tables[parts[0].path] = FactorTables([parts])
-        step = StepDeltas(self._tables[parts[0].path], context.groups, x.dtype)
+        # By all parts: models of one family have layers of the same names, joined in one and not in another.
+        key = tuple(parts)
+        if key not in self._tables:
+            self._tables[key] = FactorTables([key])
+        step = StepDeltas(self._tables[key], context.groups, x.dtype)
         x = x.contiguous()
         sizes = structs.Weight(None, None, None, x.shape[1], y.shape[1], 0)
         threads, code = torch.get_num_threads(), _TYPES[x.dtype]

@@ -77,6 +77,7 @@ inline void times_panel(const Weight& w, const T* x, void* y, int64_t rows, int6
 template <typename T>
 void product_in_team(const Weight& w, const T* x, void* y, int64_t rows, int threads) {
     const int64_t size = w.wide ? sizeof(float) : sizeof(T);
+    if (!rows) return;
     const int64_t panels = (w.out + PANEL - 1) / PANEL;
     const int64_t most = CACHED / int64_t(w.in * sizeof(T)) / TILE * TILE, cached = most < TILE ? TILE : most;
     const int64_t blocks = (rows + cached - 1) / cached, even = (rows + blocks - 1) / blocks;

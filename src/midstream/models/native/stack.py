@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Sequence
 from ctypes import byref
 from typing import NamedTuple
@@ -51,7 +52,7 @@ class NativeStack:
         self._kinds = tuple(_Kind(layer.shape.window, layer.shape.scale) for layer in layers)
         self._distinct = frozenset(self._kinds)
         self._memory = torch.empty(0)
-        self._pool: KVPool | None = None
+        self._pool: weakref.ref[KVPool] | None = None  # the memory of an engine that was closed is not kept
         self._keys = self._values = (ctypes.c_void_p * 0)()
 
     def __call__(self, x: Tensor, positions: tuple[Tensor, Tensor], plan: ForwardPlan, context: DeltaContext) -> bool:
@@ -81,8 +82,8 @@ class NativeStack:
         return True
 
     def _use(self, pool: KVPool) -> None:
-        if pool is not self._pool:
-            self._pool = pool
+        if self._pool is None or self._pool() is not pool:
+            self._pool = weakref.ref(pool)
             keys = [pool.keys[layer.index].data_ptr() for layer in self._layers]
             values = [pool.values[layer.index].data_ptr() for layer in self._layers]
             self._keys, self._values = (ctypes.c_void_p * len(keys))(*keys), (ctypes.c_void_p * len(keys))(*values)

@@ -110,7 +110,8 @@ inline void scores_of(const Query<T, DIM>* queries, const T* keys, int length, f
 template <typename T, int DIM, int COUNT>
 inline void add_values(const float (*weights)[BLOCK], const T* values, int length, float (*result)[DIM]) {
     constexpr int PARTS = DIM / LANES;
-    constexpr int WIDTH = PARTS % 4 == 0 ? 4 : PARTS % 3 == 0 ? 3 : 2;  // so that the accumulators fit the registers
+    // So that the accumulators fit the registers.
+    constexpr int WIDTH = LANES < 16 ? 2 : PARTS % 4 == 0 ? 4 : PARTS % 3 == 0 ? 3 : 2;
     for (int from = 0; from < PARTS; from += WIDTH) {
         vf total[COUNT][WIDTH];
         for (int i = 0; i < COUNT; i++)

@@ -59,7 +59,7 @@ struct QueryBlock {
     using C = Multiplied<T>;
     static constexpr int KEYS = DIM <= 64 ? 128 : DIM <= 128 ? 64 : 32;  // packed at a time; they stay in the L1 cache
     static constexpr int MOST = 12288 / DIM;                            // vectors: 48 KB of results
-    static constexpr int REST = 4;                                      // rows of the tiles that the others leave
+    static constexpr int REST = TILE / 3;                               // rows of the tiles that the others leave
 
     alignas(64) C queries[MOST][DIM];
     alignas(64) float result[MOST][DIM];
@@ -136,7 +136,9 @@ struct QueryBlock {
 
     // All columns but the `window` before `end`, and those behind the keys that were found.
     void hide(float* scores, int columns, int found, int64_t end) const {
-        const vi first = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        alignas(64) static constexpr int32_t numbers[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        vi first;
+        std::memcpy(&first, numbers, sizeof first);
         const int high = int(std::min<int64_t>(found, std::max<int64_t>(0, end)));
         const int low = int(std::min<int64_t>(found, std::max<int64_t>(0, end - window)));
         for (int k = 0; k < columns; k += LANES) {

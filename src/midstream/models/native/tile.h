@@ -11,7 +11,11 @@
 // [depth][PANEL]; bfloat16 [depth / 2][PANEL][2], neighbours in depth side by side.
 constexpr int PANEL = 2 * LANES;
 // Rows whose accumulators fit the registers.
+#ifdef __AVX512F__
 constexpr int TILE = 12;
+#else
+constexpr int TILE = 6;
+#endif
 
 // Whether these products are worth their packing: where the registers are wide, and multiply the type themselves.
 template <typename T>

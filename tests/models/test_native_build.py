@@ -218,7 +218,7 @@ def test_a_change_of_source_flags_or_compiler_is_another_library(
 
     keys = [key()]
     assert key() == keys[0]
-    for name in ("kernels.cpp", "vector.h", "pointwise.h", "attention.h", "delta.h"):
+    for name in ("kernels.cpp", "vector.h", "pointwise.h", "attention.h", "prefill.h", "delta.h"):
         with (sources / name).open("a") as source:
             source.write("\n")
         keys.append(key())
@@ -227,6 +227,6 @@ def test_a_change_of_source_flags_or_compiler_is_another_library(
     keys.append(key())
     monkeypatch.setattr(build, "_FLAGS", (*build._FLAGS, "-g"))
     keys.append(key())
-    assert len(set(keys)) == len(keys) == 9
+    assert len(set(keys)) == len(keys) == 10
     (sources / "build.py").write_text("")
     assert key() == keys[-1]

@@ -187,6 +187,13 @@ def test_long_ranges_are_cut_into_at_most_64_chunks_and_causal_ones_not_at_all()
         check_merges(call)
 
 
+def test_a_range_that_many_rows_see_is_cut_into_longer_chunks() -> None:
+    for rows, lengths in ((7, [256, 256, 88]), (8, [512, 88])):
+        builder = ExtentBuilder()
+        builder.add(0, 600, range(rows))
+        assert builder.call().chunks[:, 1].tolist() == lengths
+
+
 def test_nothing_added_is_nobodys_row() -> None:
     few = ExtentBuilder()
     assert rows_in(few.call()) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from midstream.models.attention import attend
 from midstream.models.attention_plan import AttentionPlan, Range, RowSegment
 from midstream.models.extents import ExtentBuilder, ExtentCall, Span
+from midstream.models.native import build
+from midstream.models.native.kernels import NativeKernels
 from tests.models.native import DTYPES, assert_attends, native, needs_compiler, random, rows_in, seen_by
 
 pytestmark = [needs_compiler, pytest.mark.usefixtures("no_gradients")]
@@ -25,7 +28,16 @@ def no_gradients() -> Iterator[None]:
         yield
 
 
-def check(call: ExtentCall, *, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, rows: int) -> None:
+def check(
+    call: ExtentCall,
+    *,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    dtype: torch.dtype,
+    rows: int,
+    kernels: NativeKernels | None = None,
+) -> None:
     """Slots that nobody sees hold NaN: it shows where one is read.
 
     Before a window less than 128 keys may be: keys are taken together no matter where a window begins.
@@ -36,7 +48,7 @@ def check(call: ExtentCall, *, heads: int, kv_heads: int, dim: int, dtype: torch
     keys, values = torch.full((2, kv_heads, seen[-1] + 3, dim), float("nan"), dtype=dtype)
     for tensor, seed in ((keys, 1), (values, 2)):
         tensor[:, seen] = random(kv_heads, len(seen), dim, seed=seed, dtype=dtype)
-    found = native(dtype).attend(query, keys, values, call, dim**-0.5)
+    found = (kernels or native(dtype)).attend(query, keys, values, call, dim**-0.5)
     assert found.dtype == dtype
     assert_attends(found, query, keys, values, call, dim**-0.5)
 
@@ -77,6 +89,34 @@ def test_windows(window: int, dim: int, dtype: torch.dtype) -> None:
     builder = ExtentBuilder(window)
     builder.add_block(0, 150, 600, [Span(0, 301, 0), Span(400, 299, 301), Span(800, 150, 600)])
     check(builder.call(), heads=3, kv_heads=1, dim=dim, dtype=dtype, rows=150)
+
+
+@pytest.fixture(scope="module", params=["-march=x86-64", "-march=x86-64-v3"])
+def narrow(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> NativeKernels:
+    """The kernels as they are compiled for a processor without AVX-512, or without AVX."""
+    if platform.machine() != "x86_64":
+        pytest.skip("needs a processor of that family")
+    if request.param.endswith("v3") and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        pytest.skip("needs AVX2")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MIDSTREAM_CACHE", str(tmp_path_factory.mktemp("narrow")))
+        patch.setattr(build, "_NATIVE", (request.param,))
+        patch.setattr(build, "_FLAGS", ("-O1", *build._FLAGS[1:]))  # compiled in half of the time
+        library = build.compiled()
+    assert library is not None
+    return NativeKernels(library)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [32, 64, 96, 128, 256])
+def test_on_processors_with_narrower_registers(narrow: NativeKernels, dim: int, dtype: torch.dtype) -> None:
+    for group in range(1, 6):
+        builder = ExtentBuilder()
+        builder.add_block(0, 50, 130, [Span(400, 97, 0), Span(3, 33, 97), Span(50, 50, 130)])
+        builder.add(400, 97, range(50, 57))
+        builder.add(200, 5, range(50, 55), causal=True)
+        builder.add(600, 70, [57])
+        check(builder.call(), heads=2 * group, kv_heads=2, dim=dim, dtype=dtype, rows=58, kernels=narrow)
 
 
 # ---------------------------------------------------------------------- what a row's result depends on

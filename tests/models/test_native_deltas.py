@@ -188,7 +188,7 @@ def test_a_step_after_another_with_the_same_adapters_and_with_others() -> None:
 
 
 def test_an_adapter_is_packed_once_and_forgotten_with_its_weights() -> None:
-    tables = FactorTables([PARTS])
+    tables = FactorTables([PARTS], 32)
     loaded = [weights({"q": 3, "v": 2}, 32, torch.float32, seed) for seed in (1, 2)]
     packed = [weakref.ref(tables.of(adapter)) for adapter in loaded]
     assert [tables.of(adapter) for adapter in loaded] == [found() for found in packed]

@@ -27,8 +27,9 @@ from midstream.models.extents import ExtentBuilder, ExtentCall, Span
 SHORT_RANGE = 32
 # A segment of at most this many tokens attends to itself in the masked call.
 SHORT_SEGMENT = 32
-# In an extent call, a segment of at most this many tokens is read by chunks of what it sees, which other short ones see
-# as well and all cores share; a longer one by blocks of its own rows.
+# In an extent call, a segment of at most this many tokens is served by chunks of what it sees, which other short ones
+# see as well and all cores share; a longer one by blocks of its rows. Behind 4,096 tokens two cores need a fifth less
+# time by chunks for 32 rows and a tenth less for 64; with nothing before them, 64 rows are faster by blocks.
 CHUNKED_SEGMENT = 32
 
 

@@ -9,8 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# Keys of a chunk: the unit of work, small enough that few KV heads keep all cores busy.
+# Keys of a chunk: the unit of work, small enough that few KV heads keep all cores busy. Where many rows see it, their
+# partial results would else cost as much as they save.
 _CHUNK = 256
+_CHUNK_OF_MANY = 512
+_MANY_ROWS = 8
 _MOST_CHUNKS = 64
 
 
@@ -75,7 +78,8 @@ class ExtentBuilder:
     def add(self, start: int, length: int, rows: Sequence[int], *, causal: bool = False) -> None:
         """Slots from `start` on, seen by `rows` of the batch: in full, or causally as their own KV."""
         # A causal chunk is not cut: it is short.
-        size = length if causal else max(_CHUNK, -(-length // _MOST_CHUNKS))
+        least = _CHUNK if len(rows) < _MANY_ROWS else _CHUNK_OF_MANY
+        size = length if causal else max(least, -(-length // _MOST_CHUNKS))
         first = len(self._chunk_rows)
         self._chunk_rows.extend(rows)
         for at in range(0, length, size):

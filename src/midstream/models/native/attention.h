@@ -1,6 +1,6 @@
-// Attention over extents of the KV pool, in two ways. Rows of short segments: a unit of work is a chunk of one range for
-// one KV head, whose keys are read once for all rows that see it; the units' results are merged by their log-sum-exp.
-// Rows of long segments: a unit is a block of rows for one KV head, which reads all that its rows see.
+// Attention over extents of the KV pool, in two ways. Rows of short segments: a unit of work is a chunk of one range
+// for one KV head, whose keys are read once for all rows that see it; the units' results are merged by their
+// log-sum-exp. Rows of long segments: a unit is a block of rows for one KV head, which reads all that its rows see.
 #pragma once
 
 #include <cmath>
@@ -110,7 +110,8 @@ inline void scores_of(const Query<T, DIM>* queries, const T* keys, int length, f
 template <typename T, int DIM, int COUNT>
 inline void add_values(const float (*weights)[BLOCK], const T* values, int length, float (*result)[DIM]) {
     constexpr int PARTS = DIM / LANES;
-    constexpr int WIDTH = PARTS % 4 == 0 ? 4 : PARTS % 3 == 0 ? 3 : 2;  // so that the accumulators fit the registers
+    // So that the accumulators fit the registers.
+    constexpr int WIDTH = LANES < 16 ? 2 : PARTS % 4 == 0 ? 4 : PARTS % 3 == 0 ? 3 : 2;
     for (int from = 0; from < PARTS; from += WIDTH) {
         vf total[COUNT][WIDTH];
         for (int i = 0; i < COUNT; i++)
@@ -186,7 +187,7 @@ void attend_tile(const Attention& a, const Chunk& chunk, int kv_head, int64_t fi
     }
 }
 
-// Query vectors from which a chunk is worth the packing of its keys.
+// Query vectors from which a chunk is worth the packing of its keys; below, all is computed in float32.
 constexpr int64_t MANY = 12;
 
 // The query vectors `from` to `end` of a chunk's rows, together.
@@ -196,7 +197,8 @@ void attend_many(const Attention& a, const Chunk& chunk, int kv_head, int64_t fr
     QueryBlock<T, DIM> block(a.scale, NO_END);
     for (int64_t i = from; i < end; i++) {
         const int64_t place = i / group, head = kv_head * group + i % group, row = a.rows[chunk.first + place];
-        block.add((const T*)a.query + (head * a.batch_rows + row) * DIM, chunk.length - 1 - (chunk.causal ? chunk.count - 1 - place : 0));
+        const int64_t hidden = chunk.causal ? chunk.count - 1 - place : 0;
+        block.add((const T*)a.query + (head * a.batch_rows + row) * DIM, chunk.length - 1 - hidden);
     }
     block.close();
     block.see((const T*)a.keys + offset, (const T*)a.values + offset, 0, chunk.length);

@@ -32,7 +32,7 @@ def compiled() -> ctypes.PyDLL | None:
     """
     compiler = next((found for name in _COMPILERS if (found := shutil.which(name))), None)
     if compiler is None:
-        log.info("no C++ compiler was found (%s): decode steps run on torch's own kernels", ", ".join(_COMPILERS))
+        log.info("no C++ compiler was found (%s): all runs on torch's own kernels", ", ".join(_COMPILERS))
         return None
     try:
         native = _native_flag(compiler)
@@ -42,7 +42,7 @@ def compiled() -> ctypes.PyDLL | None:
         return ctypes.PyDLL(str(target))
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", "") or error
-        log.warning("the kernels cannot be compiled, so decode steps run on torch's own: %s", said)
+        log.warning("the kernels cannot be compiled, so all runs on torch's own: %s", said)
         return None
 
 

@@ -19,7 +19,8 @@ from midstream.models.native.pack import depth_step, panels
 class AdapterFactors:
     """One adapter's factors of some products, each of several linear layers. `width`: of the widest product's A x."""
 
-    def __init__(self, weights: Mapping[str, LoraWeights], products: Sequence[Sequence[Part]]) -> None:
+    def __init__(self, weights: Mapping[str, LoraWeights], products: Sequence[Sequence[Part]], columns: int) -> None:
+        self._columns = columns
         self._kept: list[object] = []  # the table points into these
         self.width = 0
         self.table = (structs.Factors * len(products))(*(self._product(weights, parts) for parts in products))
@@ -39,7 +40,7 @@ class AdapterFactors:
     def _factor(self, weights: LoraWeights, part: Part, down: int) -> structs.Factor:
         dtype, rank = weights.a.dtype, weights.a.shape[0]
         padding = -rank % depth_step(dtype)
-        a, b = panels(weights.a, dtype), panels(F.pad(weights.b, (0, padding)), dtype)
+        a, b = (panels(each, dtype, self._columns) for each in (weights.a, F.pad(weights.b, (0, padding))))
         self._kept += [a, b]
         return structs.Factor(a.data_ptr(), b.data_ptr(), rank + padding, part.out, part.offset, down, weights.scale)
 
@@ -50,14 +51,16 @@ class FactorTables:
     An adapter is known by the first of its weights: they live as long as it does.
     """
 
-    def __init__(self, products: Sequence[Sequence[Part]]) -> None:
+    def __init__(self, products: Sequence[Sequence[Part]], columns: int) -> None:
+        """`columns`: of a panel."""
         self._products = products
+        self._columns = columns
         self._adapters: WeakKeyDictionary[LoraWeights, AdapterFactors] = WeakKeyDictionary()
 
     def of(self, weights: Mapping[str, LoraWeights]) -> AdapterFactors:
         key = next(iter(weights.values()))
         if key not in self._adapters:
-            self._adapters[key] = AdapterFactors(weights, self._products)
+            self._adapters[key] = AdapterFactors(weights, self._products, self._columns)
         return self._adapters[key]
 
 

@@ -39,6 +39,9 @@ void add_deltas(const Deltas& d, const Weight& w, const void* x, void* y, int32_
 
 extern "C" {
 
+// Columns of a panel.
+int32_t midstream_panel() { return PANEL; }
+
 // Whether products of this type are worth packing weights for on this processor.
 int32_t midstream_has_products(int32_t type) { return type ? has_products<bf16>() : has_products<float>(); }
 

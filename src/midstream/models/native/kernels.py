@@ -103,7 +103,7 @@ class NativeKernels(TorchKernels):
         # By all parts: models of one family have layers of the same names, joined in one and not in another.
         key = tuple(parts)
         if key not in self._tables:
-            self._tables[key] = FactorTables([key])
+            self._tables[key] = FactorTables([key], self._library.midstream_panel())
         step = StepDeltas(self._tables[key], context.groups, x.dtype)
         x = x.contiguous()
         sizes = structs.Weight(None, None, None, x.shape[1], y.shape[1], 0)

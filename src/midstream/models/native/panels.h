@@ -35,17 +35,11 @@ inline void exchange(vu& a, vu& b, std::integer_sequence<int, LANE...>) {
     a = first;
 }
 
-template <int S>
-inline void exchange_all(vu (&rows)[LANES]) {
+template <int S = LANES / 2>
+inline void transpose(vu (&rows)[LANES]) {
     for (int i = 0; i < LANES; i++)
         if (!(i & S)) exchange<S>(rows[i], rows[i + S], std::make_integer_sequence<int, LANES>());
-}
-
-inline void transpose(vu (&rows)[LANES]) {
-    exchange_all<8>(rows);
-    exchange_all<4>(rows);
-    exchange_all<2>(rows);
-    exchange_all<1>(rows);
+    if constexpr (S > 1) transpose<S / 2>(rows);
 }
 
 // keys [length, DIM] to one panel for every PANEL of them, over all of DIM. The last is filled up with nought.

@@ -1,4 +1,4 @@
-// Attention of many query vectors to ranges of the pool: scores and weighted values are products of tiles of query
+// Attention of many query vectors to ranges of the pool. Scores and weighted values are products of tiles of query
 // vectors with panels of keys and values, which are packed once for all vectors of a block.
 #pragma once
 
@@ -13,8 +13,8 @@ constexpr float LOG2_E = 1.44269504088896341f, LN_2 = 0.69314718055994531f;
 // Behind every position, and far enough from what int64_t holds that sums stay within it.
 constexpr int64_t NO_END = int64_t(1) << 60;
 
-// 2^x for x <= 0, which is nothing below 2^-126: x = n + r, a polynomial in r, and n put into the exponent. Its relative
-// error is below 2e-7; where the result will be rounded to bfloat16, below 1e-4.
+// 2^x for x <= 0, which is nothing below 2^-126: x = n + r, a polynomial in r, and n put into the exponent. Its
+// relative error is below 2e-7; where the result will be rounded to bfloat16, below 1e-4.
 template <typename C>
 inline vf power_of_two(vf x) {
     const vf lowest = all(-127.0f);
@@ -59,7 +59,7 @@ struct QueryBlock {
     using C = Multiplied<T>;
     static constexpr int KEYS = DIM <= 64 ? 128 : DIM <= 128 ? 64 : 32;  // packed at a time; they stay in the L1 cache
     static constexpr int MOST = 12288 / DIM;                            // vectors: 48 KB of results
-    static constexpr int REST = 4;                                      // rows of the tiles that the others leave
+    static constexpr int REST = TILE / 3;                               // rows of the tiles that the others leave
 
     alignas(64) C queries[MOST][DIM];
     alignas(64) float result[MOST][DIM];
@@ -92,8 +92,9 @@ struct QueryBlock {
         while (count % REST) add(nothing, position);
     }
 
+    // Compiled once for chunks and blocks, as are the tiles: the time of compiling is that of a first load.
     // Keys [length, DIM] at positions from `position` on, and their values.
-    void see(const T* from_keys, const T* from_values, int64_t position, int64_t length) {
+    __attribute__((noinline)) void see(const T* from_keys, const T* from_values, int64_t position, int64_t length) {
         const int64_t end = std::min(length, last[count - 1] + 1 - position);
         // From a multiple of KEYS on, so that keys are taken together no matter which rows see them.
         const int64_t begin = std::max<int64_t>(0, last[0] + 1 - window - position) / KEYS * KEYS;
@@ -108,7 +109,7 @@ struct QueryBlock {
     }
 
     template <int ROWS>
-    void see_tile(int v, int64_t position, int found) {
+    __attribute__((noinline)) void see_tile(int v, int64_t position, int found) {
         const int64_t end = last[v + ROWS - 1] + 1 - position, begin = last[v] + 1 - window - position;
         if (end <= 0 || begin >= found) return;
         const int seen = int(std::min<int64_t>(found, end)), columns = (seen + PANEL - 1) / PANEL * PANEL;
@@ -136,7 +137,9 @@ struct QueryBlock {
 
     // All columns but the `window` before `end`, and those behind the keys that were found.
     void hide(float* scores, int columns, int found, int64_t end) const {
-        const vi first = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        alignas(64) static constexpr int32_t numbers[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        vi first;
+        std::memcpy(&first, numbers, sizeof first);
         const int high = int(std::min<int64_t>(found, std::max<int64_t>(0, end)));
         const int low = int(std::min<int64_t>(found, std::max<int64_t>(0, end - window)));
         for (int k = 0; k < columns; k += LANES) {

@@ -30,7 +30,8 @@ class PackedProduct:
         self._type_code = type_code
         self.out_features, self.in_features = weight.shape
         numbers, scales = (weight, None) if kind is None else quantized(weight)
-        self._panels, self._scales, self._bias = panels(numbers, weight.dtype), scales, bias
+        self._panels = panels(numbers, weight.dtype, library.midstream_panel())
+        self._scales, self._bias = scales, bias
         pointers = (None if t is None else t.data_ptr() for t in (self._panels, bias, scales))
         self.weight = structs.Weight(*pointers, self.in_features, self.out_features, wide)
         self._dtype = torch.float32 if wide else weight.dtype

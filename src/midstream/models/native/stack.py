@@ -48,7 +48,8 @@ class NativeStack:
         self._run = library.midstream_run_layers
         self._layers = tuple(layers)
         self._table = (structs.Layer * len(layers))(*map(_layer, layers))
-        self._factors = FactorTables([linear.parts for layer in layers for linear in layer.linears])
+        products = [linear.parts for layer in layers for linear in layer.linears]
+        self._factors = FactorTables(products, library.midstream_panel())
         self._kinds = tuple(_Kind(layer.shape.window, layer.shape.scale) for layer in layers)
         self._distinct = frozenset(self._kinds)
         self._memory = torch.empty(0)

@@ -15,7 +15,7 @@ constexpr int PANEL = 2 * LANES;
 #ifdef __AVX512F__
 constexpr int TILE = 12;
 #else
-constexpr int TILE = 2;
+constexpr int TILE = 6;
 #endif
 
 // Whether these products are worth their packing: where the registers are wide, and multiply the type themselves.

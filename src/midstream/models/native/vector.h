@@ -1,4 +1,4 @@
-// Vectors of sixteen floats, by the compiler's own vector types: any processor, the widest registers that it has.
+// Vectors of floats as wide as the processor's registers, by the compiler's own vector types.
 #pragma once
 
 #include <cstdint>
@@ -8,15 +8,22 @@
 #include <immintrin.h>
 #endif
 
-typedef float vf __attribute__((vector_size(64)));
+// Wider vectors than the registers would be kept in memory.
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(4 * LANES)));
 typedef float vf8 __attribute__((vector_size(32)));
 typedef float vf4 __attribute__((vector_size(16)));
-typedef int32_t vi __attribute__((vector_size(64)));
-typedef uint32_t vu __attribute__((vector_size(64)));
-typedef uint16_t vh __attribute__((vector_size(32)));
-typedef int8_t vc __attribute__((vector_size(16)));
-
-constexpr int LANES = 16;
+typedef int32_t vi __attribute__((vector_size(4 * LANES)));
+typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
+typedef uint16_t vh __attribute__((vector_size(2 * LANES)));
+typedef int8_t vc __attribute__((vector_size(LANES)));
 
 // A bfloat16 is the upper half of a float32.
 struct bf16 {
@@ -74,25 +81,51 @@ inline void put(bf16* to, float value) {
 
 // Every second number of two vectors.
 inline vf evens(vf a, vf b) {
+#if defined(__AVX512F__)
     return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+#elif defined(__AVX__)
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14);
+#else
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6);
+#endif
 }
 
 inline vf odds(vf a, vf b) {
+#if defined(__AVX512F__)
     return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#elif defined(__AVX__)
+    return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+#else
+    return __builtin_shufflevector(a, b, 1, 3, 5, 7);
+#endif
 }
 
 inline vf all(float value) { return value - vf{}; }
 
+#ifdef __AVX__
+inline vf4 fold(vf8 v) {
+    return __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
+}
+#endif
+
+#ifdef __AVX512F__
+inline vf4 fold(vf v) {
+    return fold(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+                __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
+}
+#elif !defined(__AVX__)
+inline vf4 fold(vf v) { return v; }
+#endif
+
 inline float sum(vf v) {
-    const vf8 a = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
-                  __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-    const vf4 b = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
+    const vf4 b = fold(v);
     const vf4 c = b + __builtin_shufflevector(b, b, 2, 3, 0, 1);
     return c[0] + c[1];
 }
 
 // The sums of four vectors.
 inline vf4 sums(vf a, vf b, vf c, vf d) {
+#ifdef __AVX512F__
     constexpr auto low = [](vf x, vf y) {
         return __builtin_shufflevector(x, y, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
     };
@@ -102,9 +135,14 @@ inline vf4 sums(vf a, vf b, vf c, vf d) {
     const vf ab = low(a, b) + high(a, b), cd = low(c, d) + high(c, d);
     const vf v = __builtin_shufflevector(ab, cd, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
                  __builtin_shufflevector(ab, cd, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-    const vf8 half = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
-                     __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-    return __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
+    return fold(v);
+#else
+    constexpr auto pairs = [](vf4 x, vf4 y) {
+        return __builtin_shufflevector(x, y, 0, 4, 1, 5) + __builtin_shufflevector(x, y, 2, 6, 3, 7);
+    };
+    const vf4 ab = pairs(fold(a), fold(b)), cd = pairs(fold(c), fold(d));
+    return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+#endif
 }
 
 inline vf larger(vf a, vf b) { return a > b ? a : b; }

@@ -94,6 +94,8 @@ inline void scores_of(const Query<T, DIM>* queries, const T* keys, int length, f
     int k = 0;
     for (; k + 4 <= length; k += 4) {
         vf total[4][COUNT] = {};
+        for (int line = 0; line < int(4 * DIM * sizeof(T)); line += 64)
+            __builtin_prefetch((const char*)(keys + k * DIM) + BLOCK * DIM * sizeof(T) + line);
         for (int j = 0; j < 4; j++) Query<T, DIM>::template multiply<COUNT>(queries, keys + (k + j) * DIM, total[j]);
         for (int i = 0; i < COUNT; i++) {
             const vf4 found = sums(total[0][i], total[1][i], total[2][i], total[3][i]) * scale;
@@ -116,11 +118,14 @@ inline void add_values(const float (*weights)[BLOCK], const T* values, int lengt
         vf total[COUNT][WIDTH];
         for (int i = 0; i < COUNT; i++)
             for (int p = 0; p < WIDTH; p++) total[i][p] = load(result[i] + (from + p) * LANES);
-        for (int k = 0; k < length; k++)
+        for (int k = 0; k < length; k++) {
+            for (int line = 0; line < int(WIDTH * LANES * sizeof(T)); line += 64)
+                __builtin_prefetch((const char*)(values + k * DIM + from * LANES) + BLOCK * DIM * sizeof(T) + line);
             for (int p = 0; p < WIDTH; p++) {
                 const vf value = load(values + k * DIM + (from + p) * LANES);
                 for (int i = 0; i < COUNT; i++) total[i][p] += weights[i][k] * value;
             }
+        }
         for (int i = 0; i < COUNT; i++)
             for (int p = 0; p < WIDTH; p++) store(result[i] + (from + p) * LANES, total[i][p]);
     }

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from midstream.engine.loop import EngineLoop
+
+ROOT = Path(__file__).parents[2]
 
 
 class Core:
@@ -91,3 +96,24 @@ def test_closing_does_not_wait_for_what_is_being_prepared(core: Core, loop: Engi
         loop.call(lambda: core.call("first"))
         loop.close()
     assert core.steps == []
+
+
+LEFT_OPEN = """
+import asyncio, threading
+from midstream.types import Request, SamplingParams
+from tests.helpers import tiny_llama
+from tests.tiny import tiny_engine
+
+engine = tiny_engine(tiny_llama())
+params = SamplingParams(max_tokens=400, ignore_eos=True)
+running = asyncio.new_event_loop()
+threading.Thread(target=running.run_forever, daemon=True).start()
+asyncio.run_coroutine_threadsafe(engine.complete(Request(prompt=(5, 6, 7), params=params)), running)
+while not engine._core.forwards:
+    pass
+"""
+
+
+def test_python_may_end_while_an_engine_is_at_work() -> None:
+    ended = subprocess.run([sys.executable, "-c", LEFT_OPEN], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert (ended.returncode, ended.stderr) == (0, "")

@@ -5,6 +5,7 @@ All state of the core is touched by this thread alone, so nothing needs a lock b
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 from collections import deque
@@ -37,6 +38,8 @@ class EngineLoop:
         self._expected = 0
         self._thread = threading.Thread(target=self._run, name="midstream-engine", daemon=True)
         self._thread.start()
+        # Python ends with this thread in the middle of a step otherwise, which libraries in C++ answer with an abort.
+        atexit.register(self.close)
 
     @property
     def running(self) -> bool:
@@ -67,6 +70,7 @@ class EngineLoop:
 
     def close(self) -> None:
         """End all jobs with EngineStopped and wait for the thread."""
+        atexit.unregister(self.close)
         with self._wake:
             self._closing = True
             self._wake.notify()

@@ -61,6 +61,9 @@ def attend(
     window: int | None,
 ) -> Tensor:
     """Attend as the plan says: query [heads, rows, dim], keys, values [kv_heads, slots, dim] → [rows, heads, dim]."""
+    whole = kernels.attend_step(query, keys, values, plan, scale, window)
+    if whole is not None:
+        return whole
     merged = _Merged(plan.num_rows)
     for call in plan.calls(window):
         if isinstance(call, ExtentCall):

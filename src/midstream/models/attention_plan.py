@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -86,6 +86,8 @@ class AttentionPlan:
     num_rows: int
     few_rows: int = 0
     write_slots: Tensor = field(init=False)
+    # What kernels that serve whole steps keep for the layers of this one.
+    prepared: dict[Any, Any] = field(default_factory=dict)
     _calls: dict[int | None, tuple[Call, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -110,7 +112,7 @@ class AttentionPlan:
     def _extent_calls(self) -> tuple[Call, ...]:
         few = ExtentBuilder()
         calls: list[Call] = []
-        for r, users in _joined(self.segments):
+        for r, users in joined_ranges(self.segments):
             rows = _numbers(users)
             if len(rows) <= self.few_rows:
                 few.add(r.start, r.length, rows)
@@ -128,7 +130,7 @@ class AttentionPlan:
 
     def _full_calls(self) -> tuple[Call, ...]:
         small = [s for s in self.segments if 1 < s.count <= SHORT_SEGMENT]
-        ranges = _joined(self.segments)
+        ranges = joined_ranges(self.segments)
         dense = [(r, users) for r, users in ranges if r.length >= SHORT_RANGE]
         short = [(r, users) for r, users in ranges if r.length < SHORT_RANGE]
         if not small and len(short) <= 1:
@@ -213,7 +215,7 @@ def _cut(segment: RowSegment) -> list[Range]:
     return cut
 
 
-def _joined(segments: Sequence[RowSegment]) -> list[tuple[Range, tuple[RowSegment, ...]]]:
+def joined_ranges(segments: Sequence[RowSegment]) -> list[tuple[Range, tuple[RowSegment, ...]]]:
     """Distinct ranges with the segments that see them; neighbours seen by the same segments become one."""
     users: dict[Range, list[RowSegment]] = {}
     for segment in segments:

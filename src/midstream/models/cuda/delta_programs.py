@@ -1,0 +1,76 @@
+"""Triton programs of adapters' low-rank deltas for a few rows: down to the rank, and up to the output.
+
+A table of factors has, for each module path and each adapter of the step, four int64: the addresses of A [rank, in] and
+B [out, rank], the rank (0: the adapter has no such layer), and its scale as the bits of a float64. So what is launched
+depends on no adapter: a recorded step serves any, once the table is filled.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def shrink_row(
+    x,  # [rows, in_features]
+    factors,  # [paths, ADAPTERS, 4]
+    owners,  # int64 [rows]: the row's adapter, -1 for the base model
+    parts,  # int64 [parts, 3]: path, first column, columns
+    low,  # float32 [rows, parts, BLOCK_R]
+    in_features,
+    ADAPTERS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+):
+    """scale · A x of one row for one part of the product."""
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    owner = tl.load(owners + row)
+    if owner >= 0:
+        factor = factors + (tl.load(parts + part * 3) * ADAPTERS + owner) * 4
+        rank = tl.load(factor + 2).to(tl.int32)
+        if rank > 0:
+            a = tl.load(factor).to(tl.pointer_type(x.dtype.element_ty))
+            scale = tl.load(factor + 3).to(tl.float64, bitcast=True).to(tl.float32)
+            r = tl.arange(0, BLOCK_R)
+            i = tl.arange(0, BLOCK_IN)
+            total = tl.zeros((BLOCK_R,), tl.float32)
+            for at in range(0, in_features, BLOCK_IN):
+                there = at + i < in_features
+                numbers = tl.load(x + row * in_features + at + i, mask=there, other=0.0).to(tl.float32)
+                mask = (r < rank)[:, None] & there[None, :]
+                weights = tl.load(a + r[:, None] * in_features + at + i[None, :], mask=mask, other=0.0)
+                total += tl.sum(weights.to(tl.float32) * numbers[None, :], 1)
+            tl.store(low + (row * tl.num_programs(1) + part) * BLOCK_R + r, total * scale)
+
+
+@triton.jit
+def expand_block(
+    y,  # [rows, width], to which the deltas are added
+    factors,
+    owners,
+    parts,
+    low,
+    width,
+    ADAPTERS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+):
+    """B times what `shrink_row` found, for BLOCK_OUT columns of one part and row."""
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    owner = tl.load(owners + row)
+    if owner >= 0:
+        factor = factors + (tl.load(parts + part * 3) * ADAPTERS + owner) * 4
+        rank = tl.load(factor + 2).to(tl.int32)
+        columns = tl.load(parts + part * 3 + 2).to(tl.int32)
+        o = tl.program_id(2) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+        if (rank > 0) & (tl.program_id(2) * BLOCK_OUT < columns):
+            b = tl.load(factor + 1).to(tl.pointer_type(y.dtype.element_ty))
+            r = tl.arange(0, BLOCK_R)
+            numbers = tl.load(low + (row * tl.num_programs(1) + part) * BLOCK_R + r, mask=r < rank, other=0.0)
+            mask = (o < columns)[:, None] & (r < rank)[None, :]
+            weights = tl.load(b + o[:, None] * rank + r[None, :], mask=mask, other=0.0).to(tl.float32)
+            delta = tl.sum(weights * numbers[None, :], 1)
+            target = y + row * width + tl.load(parts + part * 3 + 1) + o
+            found = tl.load(target, mask=o < columns, other=0.0).to(tl.float32) + delta
+            tl.store(target, found.to(y.dtype.element_ty), mask=o < columns)

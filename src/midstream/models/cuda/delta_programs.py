@@ -12,26 +12,27 @@ import triton.language as tl
 @triton.jit
 def shrink_row(
     x,  # [rows, in_features]
-    factors,  # [paths, ADAPTERS, 4]
+    factors,  # [parts, ADAPTERS, 4]
     owners,  # int64 [rows]: the row's adapter, -1 for the base model
-    parts,  # int64 [parts, 3]: path, first column, columns
-    low,  # float32 [rows, parts, BLOCK_R]
+    parts,  # int64 [parts, 3]: number, first column, columns
+    low,  # float32 [rows, parts, rank_block]
     in_features,
+    rank_block,
     ADAPTERS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_IN: tl.constexpr,
 ):
-    """scale · A x of one row for one part of the product."""
+    """scale · A x of one row for one part of the product, BLOCK_R of its numbers."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     owner = tl.load(owners + row)
     if owner >= 0:
         factor = factors + (tl.load(parts + part * 3) * ADAPTERS + owner) * 4
         rank = tl.load(factor + 2).to(tl.int32)
-        if rank > 0:
+        r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+        if tl.program_id(2) * BLOCK_R < rank:
             a = tl.load(factor).to(tl.pointer_type(x.dtype.element_ty))
             scale = tl.load(factor + 3).to(tl.float64, bitcast=True).to(tl.float32)
-            r = tl.arange(0, BLOCK_R)
             i = tl.arange(0, BLOCK_IN)
             total = tl.zeros((BLOCK_R,), tl.float32)
             for at in range(0, in_features, BLOCK_IN):
@@ -40,7 +41,7 @@ def shrink_row(
                 mask = (r < rank)[:, None] & there[None, :]
                 weights = tl.load(a + r[:, None] * in_features + at + i[None, :], mask=mask, other=0.0)
                 total += tl.sum(weights.to(tl.float32) * numbers[None, :], 1)
-            tl.store(low + (row * tl.num_programs(1) + part) * BLOCK_R + r, total * scale)
+            tl.store(low + (row * tl.num_programs(1) + part) * rank_block + r, total * scale)
 
 
 @triton.jit
@@ -51,6 +52,7 @@ def expand_block(
     parts,
     low,
     width,
+    rank_block,
     ADAPTERS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
@@ -66,11 +68,14 @@ def expand_block(
         o = tl.program_id(2) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
         if (rank > 0) & (tl.program_id(2) * BLOCK_OUT < columns):
             b = tl.load(factor + 1).to(tl.pointer_type(y.dtype.element_ty))
-            r = tl.arange(0, BLOCK_R)
-            numbers = tl.load(low + (row * tl.num_programs(1) + part) * BLOCK_R + r, mask=r < rank, other=0.0)
-            mask = (o < columns)[:, None] & (r < rank)[None, :]
-            weights = tl.load(b + o[:, None] * rank + r[None, :], mask=mask, other=0.0).to(tl.float32)
-            delta = tl.sum(weights * numbers[None, :], 1)
+            found = low + (row * tl.num_programs(1) + part) * rank_block
+            delta = tl.zeros((BLOCK_OUT,), tl.float32)
+            for at in range(0, rank, BLOCK_R):
+                r = at + tl.arange(0, BLOCK_R)
+                numbers = tl.load(found + r, mask=r < rank, other=0.0)
+                mask = (o < columns)[:, None] & (r < rank)[None, :]
+                weights = tl.load(b + o[:, None] * rank + r[None, :], mask=mask, other=0.0).to(tl.float32)
+                delta += tl.sum(weights * numbers[None, :], 1)
             target = y + row * width + tl.load(parts + part * 3 + 1) + o
-            found = tl.load(target, mask=o < columns, other=0.0).to(tl.float32) + delta
-            tl.store(target, found.to(y.dtype.element_ty), mask=o < columns)
+            total = tl.load(target, mask=o < columns, other=0.0).to(tl.float32) + delta
+            tl.store(target, total.to(y.dtype.element_ty), mask=o < columns)

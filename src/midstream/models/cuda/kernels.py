@@ -24,8 +24,8 @@ _DELTA_ROWS = 64
 _MAX_RANK = 256
 _MAX_DIM = 256
 _MAX_NORM = 16384
-# Query vectors of a tile. Matrix units take 16 at least; in float32 a tile of 128 would not fit the registers.
-_BLOCKS = {torch.float32: (16, 64), torch.bfloat16: (16, 64, 128), torch.float16: (16, 64, 128)}
+# Query vectors of a tile. Matrix units take 16 at least; in float32 a tile of 64 does not fit the registers.
+_BLOCKS = {torch.float32: (16, 32), torch.bfloat16: (16, 64, 128), torch.float16: (16, 64, 128)}
 # Programs that a multiprocessor has at once or soon after: enough that loads of one hide behind another's.
 _PROGRAMS_EACH = 4
 

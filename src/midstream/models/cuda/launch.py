@@ -22,8 +22,8 @@ _LOG2_E = 1.4426950408889634
 _LARGE_SHARED = 160 * 1024
 _MERGED_AT_ONCE = 16
 _GATE_BLOCK = 1024
-# Numbers of A that a program holds at a time.
-_SHRINK_NUMBERS = 16384
+_BLOCK_RANK = 16
+_BLOCK_IN = 512
 _BLOCK_OUT = 128
 
 
@@ -146,16 +146,17 @@ class TritonPrograms:
         rows, in_features = x.shape
         adapters, parts, rank = factors.table.shape[1], len(factors.parts), factors.rank_block
         low = torch.empty(rows, parts, rank, dtype=torch.float32, device=x.device)
-        delta_programs.shrink_row[(rows, parts)](
+        delta_programs.shrink_row[(rows, parts, triton.cdiv(rank, _BLOCK_RANK))](
             x,
             factors.table,
             owners,
             factors.parts,
             low,
             in_features,
+            rank,
             ADAPTERS=adapters,
-            BLOCK_R=rank,
-            BLOCK_IN=max(16, min(512, _SHRINK_NUMBERS // rank)),
+            BLOCK_R=_BLOCK_RANK,
+            BLOCK_IN=_BLOCK_IN,
             num_warps=4,
         )
         delta_programs.expand_block[(rows, parts, triton.cdiv(factors.widest, _BLOCK_OUT))](
@@ -165,8 +166,9 @@ class TritonPrograms:
             factors.parts,
             low,
             y.shape[1],
+            rank,
             ADAPTERS=adapters,
-            BLOCK_R=rank,
+            BLOCK_R=_BLOCK_RANK,
             BLOCK_OUT=_BLOCK_OUT,
             num_warps=4,
         )

@@ -14,6 +14,7 @@ from midstream.errors import ModelError
 from midstream.models.attention import NAME
 from midstream.models.attention_plan import AttentionPlan, RowSegment
 from midstream.models.chat import ChatTokenizer
+from midstream.models.cuda.kernels import cuda_kernels
 from midstream.models.deltas import DeltaContext
 from midstream.models.fuse import Watched, few_rows, fuse_layers
 from midstream.models.fusions import fuse_norms
@@ -75,7 +76,7 @@ def prepare(network: Any, chat: ChatTokenizer, *, name: str, kernels: Kernels | 
     config = network.config.get_text_config()
     _refuse_known(config)
     device, dtype = network.device, network.dtype
-    kernels = kernels or pick_kernels(dtype, device)
+    kernels = kernels or (cuda_kernels if device.type == "cuda" else pick_kernels)(dtype, device)
     watched = Watched(network)
     attention = _probe(network, config, watched)
     deltas = DeltaContext()

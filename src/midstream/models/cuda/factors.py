@@ -38,8 +38,8 @@ class ProductFactors:
 
     `table` [parts, adapters, 4]: addresses of A [rank, in] and B [out, rank], the rank (0: none), the bits of the
     scale. `parts` [parts, 3]: number of the part, its first column, its columns; `widest`: the most columns of a part.
-    `rank_block`: a multiple of 16 that no rank exceeds, a power of two, 0 where no adapter has a factor. `kept` holds what the table
-    points into.
+    `rank_block`: a power of two, at least 16, that no rank exceeds; 0 where no adapter has a factor. `kept` holds what
+    the table points into.
     """
 
     table: Tensor

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 OWNERS = "owners"  # in DeltaContext.owned
 # More adapter rows than this and torch's blocked products win over one program for each row.
 _DELTA_ROWS = 64
-_MAX_RANK = 256
+MAX_RANK = 256
 _MAX_DIM = 256
 _MAX_NORM = 16384
 # Query vectors of a tile. Matrix units take 16 at least; in float32 a tile of 64 does not fit the registers.
@@ -103,7 +103,7 @@ class CudaKernels(TorchKernels):
         factors: ProductFactors | None = context.tables.get(key)
         if factors is None:
             factors = context.tables[key] = product_factors(context.groups, parts, x.device)
-        if factors.rank_block > _MAX_RANK:
+        if factors.rank_block > MAX_RANK:
             return False
         if factors.rank_block:
             rows = slice(owners.start, owners.end)
@@ -121,20 +121,22 @@ def cuda_kernels(dtype: torch.dtype, device: torch.device) -> Kernels:
     """The Triton programs where they can be compiled and run, else torch's own, slower, with a warning."""
     try:
         # Heavy, and on CPUs not there: it comes with torch's CUDA wheels.
-        from midstream.models.cuda.launch import TritonPrograms
+        from midstream.models.cuda.programs.launch import TritonPrograms
 
         kernels = CudaKernels(TritonPrograms(), torch.cuda.get_device_properties(device).multi_processor_count)
         _try(kernels, dtype, device)
     except Exception as error:
         # Triton raises many types: no compiler for its launcher, no toolkit for this card, too little shared memory.
-        log.warning("attention on %s is computed by its definition, slowly: Triton does not run here: %s", device, error)
+        log.warning(
+            "attention on %s is computed by its definition, slowly: Triton does not run here: %s", device, error
+        )
         return TorchKernels()
     return kernels
 
 
 @torch.inference_mode()
 def _try(kernels: CudaKernels, dtype: torch.dtype, device: torch.device) -> None:
-    """One small attention. Raises what Triton raises where it cannot be compiled or run, ValueError on a wrong result."""
+    """One small attention. Raises what Triton raises where it does not run, ValueError on a wrong result."""
     numbers = torch.linspace(-1, 1, 4 * 3 * 32, device=device).view(4, 3, 32).to(dtype)
     plan = AttentionPlan((RowSegment(row=0, count=3, position=0, slot=0, seen=()),), numbers.dtype, device, 3)
     found = kernels.attend_step(numbers, numbers[:2].contiguous(), numbers[2:].contiguous(), plan, 0.2, None)

@@ -185,8 +185,10 @@ def _seen(segments: Sequence[RowSegment], window: int | None) -> list[list[View]
     for s in segments:
         if s.count > 1:
             own = Range(s.slot, s.count, s.position)
-            r = before.get(s.row)
-            found.append(_views(s, own if r is None else Range(r.start, r.length + s.count, r.position), window))
+            if s.row in before:
+                start, length, position = before[s.row]
+                own = Range(start, length + s.count, position)
+            found.append(_views(s, own, window))
     return found
 
 

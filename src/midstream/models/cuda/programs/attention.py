@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["tiles", "entries"])
 def attend_tile(
     query,  # [heads, rows, DIM], strides given, numbers of a vector side by side
     keys,  # [kv_heads, slots, DIM]
@@ -113,7 +113,7 @@ def _read_keys(
     return result, highest, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["merge_first", "merge_entries"])
 def merge_row(
     partial,  # float32 [entries, HEADS, DIM]
     lse,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["factors", "owners", "parts"])
 def shrink_row(
     x,  # [rows, in_features]
     factors,  # [parts, ADAPTERS, 4]
@@ -44,7 +44,7 @@ def shrink_row(
             tl.store(low + (row * tl.num_programs(1) + part) * rank_block + r, total * scale)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["factors", "owners", "parts"])
 def expand_block(
     y,  # [rows, width], to which the deltas are added
     factors,

@@ -13,8 +13,8 @@ import torch
 import triton
 from torch import Tensor
 
-from midstream.models.cuda import attention_programs, delta_programs, pointwise_programs
 from midstream.models.cuda.factors import ProductFactors
+from midstream.models.cuda.programs import attention, deltas, pointwise
 from midstream.models.cuda.tables import DeviceTables
 
 _LOG2_E = 1.4426950408889634
@@ -42,7 +42,7 @@ class TritonPrograms:
         for block, tiles in tables.tiles:
             self._attend_tiles(query, keys, values, tables, scale, block, tiles, partial, lse)
         if not tables.direct:
-            attention_programs.merge_row[(rows, heads)](
+            attention.merge_row[(rows, heads)](
                 partial,
                 lse,
                 out,
@@ -70,7 +70,7 @@ class TritonPrograms:
     ) -> None:
         heads, _, dim = query.shape
         kv_heads = keys.shape[0]
-        attention_programs.attend_tile[(len(tiles), kv_heads)](
+        attention.attend_tile[(len(tiles), kv_heads)](
             query,
             keys,
             values,
@@ -93,7 +93,7 @@ class TritonPrograms:
         rows, dim = x.shape
         out = x.new_empty(rows, dim)
         block = _power(dim)
-        pointwise_programs.norm_row[(rows,)](
+        pointwise.norm_row[(rows,)](
             x,
             x if update is None else update,
             weight,
@@ -113,7 +113,7 @@ class TritonPrograms:
         rows = qkv.shape[0]
         heads = qkv.shape[1] // dim - 2 * kv_heads
         query = qkv.new_empty(heads, rows, dim)
-        pointwise_programs.rotate_head[(rows, heads + 2 * kv_heads)](
+        pointwise.rotate_head[(rows, heads + 2 * kv_heads)](
             qkv,
             cosine,
             sine,
@@ -136,7 +136,7 @@ class TritonPrograms:
     def gated(self, both: Tensor) -> Tensor:
         rows, width = both.shape[0], both.shape[1] // 2
         out = both.new_empty(rows, width)
-        pointwise_programs.gate_block[(rows, triton.cdiv(width, _GATE_BLOCK))](
+        pointwise.gate_block[(rows, triton.cdiv(width, _GATE_BLOCK))](
             both, out, WIDTH=width, BLOCK=_GATE_BLOCK, num_warps=4
         )
         return out
@@ -146,7 +146,7 @@ class TritonPrograms:
         rows, in_features = x.shape
         adapters, parts, rank = factors.table.shape[1], len(factors.parts), factors.rank_block
         low = torch.empty(rows, parts, rank, dtype=torch.float32, device=x.device)
-        delta_programs.shrink_row[(rows, parts, triton.cdiv(rank, _BLOCK_RANK))](
+        deltas.shrink_row[(rows, parts, triton.cdiv(rank, _BLOCK_RANK))](
             x,
             factors.table,
             owners,
@@ -159,7 +159,7 @@ class TritonPrograms:
             BLOCK_IN=_BLOCK_IN,
             num_warps=4,
         )
-        delta_programs.expand_block[(rows, parts, triton.cdiv(factors.widest, _BLOCK_OUT))](
+        deltas.expand_block[(rows, parts, triton.cdiv(factors.widest, _BLOCK_OUT))](
             y,
             factors.table,
             owners,
@@ -194,7 +194,8 @@ def _shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one program may take; of the interpreter, which has no such limit, none."""
     if device.type != "cuda":
         return 0
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
 
 
 def _power(number: int) -> int:

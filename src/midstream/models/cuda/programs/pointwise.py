@@ -5,9 +5,7 @@ import triton.language as tl
 
 
 @triton.jit
-def norm_row(
-    x, update, weight, out, alpha, eps, row_stride, DIM: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr
-):
+def norm_row(x, update, weight, out, alpha, eps, row_stride, DIM: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr):
     """Root-mean-square norm of one row; with ADD, alpha · update is first added to it in place."""
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
@@ -23,7 +21,7 @@ def norm_row(
     tl.store(out + row * DIM + d, scaled.to(out.dtype.element_ty), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots"], do_not_specialize=["rows"])
 def rotate_head(
     qkv,  # [rows, (heads + 2 kv_heads) · 2 HALF]
     cosine,  # [rows, 2 HALF]

@@ -9,9 +9,9 @@ from midstream.models.cuda.tables import Tables, TablesShape, Tiling
 
 # Rows of the largest step that is recorded: a step of more is a prefill, which keeps the device busy by itself.
 MOST_ROWS = 64
-_LEAST_TILES = 16
+_LEAST_TILES = 32
 _TILES_GROWTH = 4
-_MOST_TILES = 1024
+_MOST_TILES = 2048
 
 
 class Bucket(NamedTuple):

@@ -143,8 +143,7 @@ class GraphForward:
         """None where it fails, and then nothing is recorded any more."""
         buffer = torch.from_numpy(numbers).to(self._loaded.device)
         try:
-            with self._adapters(bucket, buffer):
-                replay, logits = self._recorder.record(lambda: self._forward(bucket, buffer))
+            replay, logits = self._recorder.record(lambda: self._forward(bucket, buffer))
         except Exception:
             log.exception("a step cannot be recorded as a CUDA graph; all steps are launched from now on")
             self._broken = True
@@ -157,27 +156,27 @@ class GraphForward:
     def _forward(self, bucket: Bucket, buffer: Tensor) -> Tensor:
         """Logits [1, rows, vocab] of what stands in the buffer."""
         loaded = self._loaded
-        tokens, positions, slots, _, *tables = buffer.split(_sizes(bucket))
+        tokens, positions, slots, owners, *tables = buffer.split(_sizes(bucket))
         plan = AttentionPlan((), loaded.dtype, loaded.device, bucket.rows)
         plan.write_slots = slots
         for kind, shape, part in zip(self._kinds, bucket.tables, tables, strict=True):
             key = tables_key(kind.heads, kind.kv_heads, kind.window)
             plan.prepared[key] = DeviceTables.over(part, shape, direct=False)
-        output = loaded.model(
-            input_ids=tokens[None],
-            position_ids=positions[None],
-            use_cache=False,
-            midstream_plan=ForwardPlan(plan, self._pool, loaded.kernels),
-        )
+        with self._adapters(bucket, owners):
+            output = loaded.model(
+                input_ids=tokens[None],
+                position_ids=positions[None],
+                use_cache=False,
+                midstream_plan=ForwardPlan(plan, self._pool, loaded.kernels),
+            )
         logits: Tensor = output.logits
         return logits
 
     @contextmanager
-    def _adapters(self, bucket: Bucket, buffer: Tensor) -> Iterator[None]:
-        """Meanwhile the layers add the deltas that the fixed table and the buffer say."""
+    def _adapters(self, bucket: Bucket, owners: Tensor) -> Iterator[None]:
+        """Meanwhile the layers add the deltas that the fixed table says, to the rows that `owners` says."""
         deltas = self._loaded.deltas
         if bucket.rank_block:
-            owners = buffer.split(_sizes(bucket))[3]
             deltas.set([DeltaGroup("", 0, bucket.rows, {})])
             deltas.tables = dict(self._factors.products(bucket.rank_block))
             deltas.owned = {OWNERS: RowOwners(0, bucket.rows, owners)}

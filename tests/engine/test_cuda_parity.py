@@ -38,7 +38,7 @@ def kernels(request: pytest.FixtureRequest) -> CudaKernels:
 
 
 @pytest.fixture
-async def engine(model: Any, kernels: CudaKernels, folders: dict[str, Path]) -> AsyncIterator[AsyncEngine]:  # noqa: F811
+async def engine(model: Any, kernels: CudaKernels, folders: dict[str, Path]) -> AsyncIterator[AsyncEngine]:
     loaded = prepare(copy.deepcopy(model), tiny_chat(), name="tiny", kernels=kernels)
     assert all(isinstance(layer, FusedLayer) for layer in loaded.model.model.layers)
     engine = AsyncEngine(loaded, EngineConfig(kv_budget_bytes=8 * 1024**2, max_step_tokens=64))
@@ -56,7 +56,7 @@ def recorder(engine: AsyncEngine) -> Again:
     return found
 
 
-async def test_six_adapters_and_the_base_share_a_prefix(engine: AsyncEngine, reference: Any) -> None:  # noqa: F811
+async def test_six_adapters_and_the_base_share_a_prefix(engine: AsyncEngine, reference: Any) -> None:
     await engine.warm(TEXT)
     requests = [request_of(name, max_tokens=6) for name in [*SIX, None]]
     answers = await asyncio.gather(*(engine.complete(request) for request in requests))
@@ -65,7 +65,7 @@ async def test_six_adapters_and_the_base_share_a_prefix(engine: AsyncEngine, ref
     assert recorder(engine).replayed > 0
 
 
-async def test_one_request_after_the_other(engine: AsyncEngine, reference: Any) -> None:  # noqa: F811
+async def test_one_request_after_the_other(engine: AsyncEngine, reference: Any) -> None:
     for name in ("alora", "alora of v and down", None, "late alora"):
         request = request_of(name, TEXT[:40], 6)
         assert_equal(request, await engine.complete(request), reference)

@@ -32,7 +32,8 @@ from midstream.types import Choice, Request, SamplingParams
 
 LABEL = SamplingParams(max_tokens=1, constraint=Choice(options=("a", "b")))
 DECODED = 32
-_KINDS = ("alora", "lora")
+# PEFT would take an adapter called "lora" for a part of its own names.
+_ADAPTERS = {"activated": True, "plain": False}
 
 
 class Sides:
@@ -43,7 +44,8 @@ class Sides:
         device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
         model = random_granite(arguments.shape, dtype, device)
         folders = {
-            kind: write_adapter(model, folder / kind, seed=i, alora=kind == "alora") for i, kind in enumerate(_KINDS)
+            name: write_adapter(model, folder / name, seed=seed, alora=alora)
+            for seed, (name, alora) in enumerate(_ADAPTERS.items())
         }
         self.peft = None if arguments.no_peft else PeftSide(copy.deepcopy(model), folders)
         self.vocab = model.config.vocab_size
@@ -122,8 +124,8 @@ def engine_round(sides: Sides, context: tuple[int, ...]) -> dict[str, float]:
     prompt = (*context, *INVOCATION)
     sides.run(engine.clear_cache())
     times = {"prefill": timed(lambda: sides.run(engine.warm(context)))}
-    times["alora_call"] = call(sides, prompt, "alora", len(INVOCATION))
-    times["lora_call"] = call(sides, prompt, "lora", len(prompt))
+    times["alora_call"] = call(sides, prompt, "activated", len(INVOCATION))
+    times["lora_call"] = call(sides, prompt, "plain", len(prompt))
     times["decode_step"] = decode_step(sides, context)
     forward = engine._loop._runner._forward  # type: ignore[attr-defined]
     if hasattr(forward, "_eager"):
@@ -159,8 +161,8 @@ def peft_round(sides: Sides, context: tuple[int, ...]) -> dict[str, float]:
     times = {"peft_prefill": timed(lambda: caches.append(peft.begin(context)))}
     times["peft_decode_step"] = timed(lambda: peft.decode(caches[0], context[0], DECODED)) / DECODED
     caches.clear()
-    times["peft_alora_call"] = timed(lambda: peft.label(prompt, "alora"))
-    times["peft_lora_call"] = timed(lambda: peft.label(prompt, "lora"))
+    times["peft_alora_call"] = timed(lambda: peft.label(prompt, "activated"))
+    times["peft_lora_call"] = timed(lambda: peft.label(prompt, "plain"))
     return times
 
 

@@ -27,6 +27,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
         "attention_multiplier": 0.0078125,
+        "tie_word_embeddings": True,
     },
     "tiny": {
         "vocab_size": 320,
@@ -36,6 +37,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "attention_multiplier": 0.03125,
+        "initializer_range": 0.2,
+        "tie_word_embeddings": True,
     },
 }
 
@@ -47,7 +50,6 @@ def random_granite(shape: str, dtype: torch.dtype, device: torch.device) -> Any:
         **_FACTORS,
         max_position_embeddings=131_072,
         rope_parameters={"rope_type": "default", "rope_theta": 10_000_000.0},
-        tie_word_embeddings=True,
         pad_token_id=0,
         bos_token_id=None,
         eos_token_id=None,

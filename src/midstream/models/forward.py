@@ -10,6 +10,7 @@ from torch import Tensor
 
 from midstream.models.attention_plan import AttentionPlan, RowSegment
 from midstream.models.deltas import DeltaGroup
+from midstream.models.device import on_device
 from midstream.models.load import LoadedModel
 from midstream.models.pool import ForwardPlan, KVPool
 
@@ -51,14 +52,15 @@ class EagerForward:
         attention = AttentionPlan(batch.segments, loaded.dtype, device, len(batch.tokens), loaded.few_rows)
         loaded.deltas.set(batch.groups)
         try:
-            output = loaded.model(
-                input_ids=torch.tensor([batch.tokens], device=device),
-                position_ids=torch.tensor([batch.positions], device=device),
-                use_cache=False,
-                # A step of nothing but prefill needs no logits; one row keeps every head's shape legal.
-                logits_to_keep=torch.tensor(batch.wanted or [0], device=device),
-                midstream_plan=ForwardPlan(attention, self._pool, loaded.kernels),
-            )
+            with on_device(device):
+                output = loaded.model(
+                    input_ids=torch.tensor([batch.tokens], device=device),
+                    position_ids=torch.tensor([batch.positions], device=device),
+                    use_cache=False,
+                    # A step of nothing but prefill needs no logits; one row keeps every head's shape legal.
+                    logits_to_keep=torch.tensor(batch.wanted or [0], device=device),
+                    midstream_plan=ForwardPlan(attention, self._pool, loaded.kernels),
+                )
         finally:
             loaded.deltas.set(())
         return on_host(output.logits[0])

@@ -16,6 +16,7 @@ from midstream.models.attention_plan import AttentionPlan, RowSegment
 from midstream.models.chat import ChatTokenizer
 from midstream.models.cuda.kernels import cuda_kernels
 from midstream.models.deltas import DeltaContext
+from midstream.models.device import on_device
 from midstream.models.fuse import Watched, few_rows, fuse_layers
 from midstream.models.fusions import fuse_norms
 from midstream.models.kernels import Kernels, TorchKernels
@@ -81,7 +82,7 @@ def prepare(network: Any, chat: ChatTokenizer, *, name: str, kernels: Kernels | 
     attention = _probe(network, config, watched)
     deltas = DeltaContext()
     pack = can_pack(dtype, device)
-    with torch.inference_mode():
+    with torch.inference_mode(), on_device(device):
         shapes = fuse_layers(network, watched, attention, deltas, kernels, pack=pack)
         shapes |= wrap_linears(network, deltas, pack=pack, kernels=kernels)
     return LoadedModel(

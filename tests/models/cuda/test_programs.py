@@ -164,7 +164,10 @@ def test_the_factors_of_a_product() -> None:
     groups = [DeltaGroup("a", 3, 5, {"k": weights})]
     found = product_factors(groups, parts, DEVICE)
     assert found.table[0].tolist() == [[0] * 4]
-    assert found.table[1, 0, :3].tolist() == [weights.a.data_ptr(), weights.b.data_ptr(), 17]
+    assert found.table[1, 0, :3].tolist() == [found.kept[0].data_ptr(), found.kept[1].data_ptr(), 24]
+    assert torch.equal(found.kept[0][:17], weights.a)
+    assert torch.equal(found.kept[1][:, :17], weights.b)
+    assert not found.kept[0][17:].any()
     assert (found.widest, found.rank_block) == (4, 32)
     owners = row_owners(groups, DEVICE)
     assert (owners.start, owners.end, owners.numbers.tolist()) == (3, 5, [0, 0])

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from midstream.adapters.weights import LoraWeights
 from midstream.models.deltas import DeltaGroup, Part
@@ -21,6 +22,9 @@ FIELDS = 4
 # Adapters whose columns of a fixed table are kept though no step uses them, and with these their weights.
 _KEPT = 16
 _LEAST_RANK_BLOCK = 16
+# Bytes that the kernels read at once, and the numbers in them.
+_ALIGNMENT = 16
+_RANK_STEP = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +40,9 @@ class RowOwners:
 class ProductFactors:
     """The factors of a step's adapters for one product, which joins several linear layers.
 
-    `table` [parts, adapters, 4]: addresses of A [rank, in] and B [out, rank], the rank (0: none), the bits of the
-    scale. `parts` [parts, 3]: number of the part, its first column, its columns; `widest`: the most columns of a part.
+    `table` [parts, adapters, 4]: addresses of A [rank, in] and B [out, rank], the rank, a multiple of 8 (0: none), the
+    bits of the scale. `parts` [parts, 3]: number of the part, its first column, its columns; `widest`: the most columns
+    of a part.
     `rank_block`: a power of two, at least 16, that no rank exceeds; 0 where no adapter has a factor. `kept` holds what
     the table points into.
     """
@@ -148,11 +153,25 @@ def _column(weights: Mapping[str, LoraWeights], paths: Sequence[str]) -> _Column
         factor = weights.get(path)
         if factor is None:
             continue
-        a, b = factor.a.contiguous(), factor.b.contiguous()
+        a, b = _readable(factor)
         kept += [a, b]
         largest = max(largest, a.shape[0])
         numbers[place] = a.data_ptr(), b.data_ptr(), a.shape[0], _bits(factor.scale)
     return _Column(numbers, _rank_block(largest), weights, tuple(kept))
+
+
+def _readable(factor: LoraWeights) -> tuple[Tensor, Tensor]:
+    """A and B as kernels read them, 16 bytes at a time: copies, where they lie or end otherwise."""
+    a, b = factor.a, factor.b
+    missing = -a.shape[0] % _RANK_STEP
+    if missing:
+        a, b = F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing))
+    return _aligned(a), _aligned(b)
+
+
+def _aligned(matrix: Tensor) -> Tensor:
+    matrix = matrix.contiguous()
+    return matrix if matrix.data_ptr() % _ALIGNMENT == 0 else matrix.clone()
 
 
 def _rank_block(rank: int) -> int:

@@ -25,6 +25,7 @@ from midstream.models.cuda.factors import FixedFactors, Numbers, RowOwners, owne
 from midstream.models.cuda.kernels import MAX_RANK, OWNERS, CudaKernels, tables_key
 from midstream.models.cuda.tables import DeviceTables, Tables, Tiling, build_tables
 from midstream.models.deltas import DeltaGroup
+from midstream.models.device import on_device
 from midstream.models.forward import Batch, EagerForward, on_host
 from midstream.models.layer import FusedLayer
 from midstream.models.linear import AdapterLinear
@@ -107,6 +108,10 @@ class GraphForward:
         self._broken = False
 
     def run(self, batch: Batch) -> Tensor:
+        with on_device(self._loaded.device):
+            return self._run(batch)
+
+    def _run(self, batch: Batch) -> Tensor:
         step = self._small_step(batch)
         if step is None:
             return self._eager.run(batch)
@@ -143,7 +148,8 @@ class GraphForward:
         """None where it fails, and then nothing is recorded any more."""
         buffer = torch.from_numpy(numbers).to(self._loaded.device)
         try:
-            replay, logits = self._recorder.record(lambda: self._forward(bucket, buffer))
+            forward = self._forward_over(bucket, buffer)
+            replay, logits = self._recorder.record(forward)
         except Exception:
             log.exception("a step cannot be recorded as a CUDA graph; all steps are launched from now on")
             self._broken = True
@@ -153,8 +159,8 @@ class GraphForward:
             self._recordings.popitem(last=False)
         return recording
 
-    def _forward(self, bucket: Bucket, buffer: Tensor) -> Tensor:
-        """Logits [1, rows, vocab] of what stands in the buffer."""
+    def _forward_over(self, bucket: Bucket, buffer: Tensor) -> Callable[[], Tensor]:
+        """A function that gives the logits [1, rows, vocab] of what stands in the buffer."""
         loaded = self._loaded
         tokens, positions, slots, owners, *tables = buffer.split(_sizes(bucket))
         plan = AttentionPlan((), loaded.dtype, loaded.device, bucket.rows)
@@ -162,15 +168,17 @@ class GraphForward:
         for kind, shape, part in zip(self._kinds, bucket.tables, tables, strict=True):
             key = tables_key(kind.heads, kind.kv_heads, kind.window)
             plan.prepared[key] = DeviceTables.over(part, shape, direct=False)
-        with self._adapters(bucket, owners):
-            output = loaded.model(
-                input_ids=tokens[None],
-                position_ids=positions[None],
-                use_cache=False,
-                midstream_plan=ForwardPlan(plan, self._pool, loaded.kernels),
-            )
-        logits: Tensor = output.logits
-        return logits
+        whole = ForwardPlan(plan, self._pool, loaded.kernels)
+
+        def forward() -> Tensor:
+            with self._adapters(bucket, owners):
+                output = loaded.model(
+                    input_ids=tokens[None], position_ids=positions[None], use_cache=False, midstream_plan=whole
+                )
+            logits: Tensor = output.logits
+            return logits
+
+        return forward
 
     @contextmanager
     def _adapters(self, bucket: Bucket, owners: Tensor) -> Iterator[None]:

@@ -14,6 +14,7 @@ from midstream.models.attention_plan import AttentionPlan, RowSegment
 from midstream.models.cuda.factors import ProductFactors, RowOwners, product_factors, row_owners
 from midstream.models.cuda.tables import DeviceTables, Tiling, build_tables
 from midstream.models.deltas import DeltaContext, Part
+from midstream.models.device import on_device
 from midstream.models.kernels import Kernels, TorchKernels
 
 log = logging.getLogger(__name__)
@@ -124,7 +125,8 @@ def cuda_kernels(dtype: torch.dtype, device: torch.device) -> Kernels:
         from midstream.models.cuda.programs.launch import TritonPrograms
 
         kernels = CudaKernels(TritonPrograms(), torch.cuda.get_device_properties(device).multi_processor_count)
-        _try(kernels, dtype, device)
+        with on_device(device):
+            _try(kernels, dtype, device)
     except Exception as error:
         # Triton raises many types: no compiler for its launcher, no toolkit for this card, too little shared memory.
         log.warning(

@@ -1,8 +1,9 @@
 """Triton programs of adapters' low-rank deltas for a few rows: down to the rank, and up to the output.
 
-A table of factors has, for each module path and each adapter of the step, four int64: the addresses of A [rank, in] and
-B [out, rank], the rank (0: the adapter has no such layer), and its scale as the bits of a float64. So what is launched
-depends on no adapter: a recorded step serves any, once the table is filled.
+A table of factors has, for each part of a product and each adapter of the step, four int64: the addresses of A
+[rank, in] and B [out, rank], multiples of 16, the rank, a multiple of 8 (0: the adapter has no such layer), and its
+scale as the bits of a float64. So what is launched depends on no adapter: a recorded step serves any, once the table
+is filled.
 """
 
 import triton
@@ -28,10 +29,10 @@ def shrink_row(
     owner = tl.load(owners + row)
     if owner >= 0:
         factor = factors + (tl.load(parts + part * 3) * ADAPTERS + owner) * 4
-        rank = tl.load(factor + 2).to(tl.int32)
+        rank = tl.multiple_of(tl.load(factor + 2).to(tl.int32), 8)
         r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
         if tl.program_id(2) * BLOCK_R < rank:
-            a = tl.load(factor).to(tl.pointer_type(x.dtype.element_ty))
+            a = tl.multiple_of(tl.load(factor).to(tl.pointer_type(x.dtype.element_ty)), 16)
             scale = tl.load(factor + 3).to(tl.float64, bitcast=True).to(tl.float32)
             i = tl.arange(0, BLOCK_IN)
             total = tl.zeros((BLOCK_R,), tl.float32)
@@ -63,11 +64,11 @@ def expand_block(
     owner = tl.load(owners + row)
     if owner >= 0:
         factor = factors + (tl.load(parts + part * 3) * ADAPTERS + owner) * 4
-        rank = tl.load(factor + 2).to(tl.int32)
+        rank = tl.multiple_of(tl.load(factor + 2).to(tl.int32), 8)
         columns = tl.load(parts + part * 3 + 2).to(tl.int32)
         o = tl.program_id(2) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
         if (rank > 0) & (tl.program_id(2) * BLOCK_OUT < columns):
-            b = tl.load(factor + 1).to(tl.pointer_type(y.dtype.element_ty))
+            b = tl.multiple_of(tl.load(factor + 1).to(tl.pointer_type(y.dtype.element_ty)), 16)
             found = low + (row * tl.num_programs(1) + part) * rank_block
             delta = tl.zeros((BLOCK_OUT,), tl.float32)
             for at in range(0, rank, BLOCK_R):

@@ -69,30 +69,27 @@ class Sides:
 
 def main() -> None:
     arguments = _arguments()
+    device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
     lengths = [int(n) for n in arguments.contexts.split(",")]
+    report: dict[str, Any] = {
+        "machine": machine(device, dtype),
+        "model": {"shape": arguments.shape, **SHAPES[arguments.shape], "dtype": arguments.dtype},
+        "step_tokens": arguments.step_tokens,
+        "rows": [],
+    }
     with tempfile.TemporaryDirectory() as folder:
         sides = Sides(arguments, Path(folder), max(lengths) + 64)
+        report["kernels"] = sides.kernels
         try:
-            rows = []
             for tokens in lengths:
                 measure(sides, tokens, 2)  # first use of every kernel, and recordings
-                rows.append(measure(sides, tokens, arguments.rounds))
-                print({key: value for key, value in rows[-1].items() if key not in ("raw_s", "spread")}, flush=True)
+                report["rows"].append(measure(sides, tokens, arguments.rounds))
+                if device.type == "cuda":
+                    report["peak_device_bytes"] = torch.cuda.max_memory_allocated(device)
+                # After each row: what is measured stays, should a lease end before the longest context does.
+                write(arguments.json, report)
         finally:
             sides.close()
-    device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
-    write(
-        arguments.json,
-        {
-            "machine": machine(device, dtype),
-            "model": {"shape": arguments.shape, **SHAPES[arguments.shape], "dtype": arguments.dtype},
-            "kernels": sides.kernels,
-            "step_tokens": arguments.step_tokens,
-            "peak_device_bytes": peak,
-            "rows": rows,
-        },
-    )
 
 
 def measure(sides: Sides, tokens: int, rounds: int) -> dict[str, Any]:

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # One tested version. Set TORCH to a wheel of your choice: for Linux, PyPI's own brings the CUDA libraries along.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test check setup clean
+.PHONY: demo test test-gpu check setup clean
 
 setup: $(VENV)/.installed
 
@@ -26,6 +26,10 @@ test: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pytest -q
+
+# What needs an NVIDIA GPU, with a torch that sees it; elsewhere these are skipped.
+test-gpu: setup
+	$(BIN)/pytest -q -rs tests/gpu tests/models/cuda
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -11,10 +11,11 @@ from midstream.adapters.weights import LoraWeights
 from midstream.engine.kv_tree import Node
 from midstream.engine.request import Branch
 from midstream.engine.step import Segment, Step
-from midstream.models.attention_plan import AttentionPlan, Range, RowSegment
+from midstream.models.attention_plan import Range, RowSegment
 from midstream.models.deltas import DeltaGroup
+from midstream.models.forward import Batch
 from midstream.models.load import LoadedModel
-from midstream.models.pool import ForwardPlan, KVPool
+from midstream.models.pick import pick_forward
 
 WeightsOf = Callable[[str], Mapping[str, LoraWeights]]
 
@@ -23,37 +24,20 @@ class Runner:
     """One model and its KV pool. `weights_of` gives the weights of an adapter by its digest."""
 
     def __init__(self, loaded: LoadedModel, num_slots: int, weights_of: WeightsOf) -> None:
-        self._loaded = loaded
         self._weights_of = weights_of
-        self._pool = KVPool(loaded.kv_shapes, num_slots, loaded.dtype, loaded.device)
+        self._forward = pick_forward(loaded, num_slots)
 
     @torch.inference_mode()
     def run(self, step: Step) -> dict[Branch, Tensor]:
         """Forward the step. For each harvested branch: logits [rows, vocab] in float32."""
-        device = self._loaded.device
-        tokens = [token for segment in step.segments for token in segment.tokens]
-        positions = [segment.position + i for segment in step.segments for i in range(segment.count)]
-        rows = [row for harvest in step.harvests for row in harvest.rows]
-        attention = AttentionPlan(
-            tuple(_row_segment(segment) for segment in step.segments),
-            self._loaded.dtype,
-            device,
-            step.num_tokens,
-            self._loaded.extents,
+        batch = Batch(
+            tokens=[token for segment in step.segments for token in segment.tokens],
+            positions=[segment.position + i for segment in step.segments for i in range(segment.count)],
+            segments=tuple(_row_segment(segment) for segment in step.segments),
+            groups=tuple(DeltaGroup(digest, a, b, self._weights_of(digest)) for digest, a, b in step.groups),
+            wanted=[row for harvest in step.harvests for row in harvest.rows],
         )
-        groups = [DeltaGroup(digest, a, b, self._weights_of(digest)) for digest, a, b in step.groups]
-        self._loaded.deltas.set(groups)
-        try:
-            logits = self._loaded.forward(
-                torch.tensor(tokens, device=device),
-                torch.tensor(positions, device=device),
-                # A step of nothing but prefill needs no logits; one row keeps every head's shape legal.
-                torch.tensor(rows or [0], device=device),
-                ForwardPlan(attention, self._pool, self._loaded.kernels),
-            )
-        finally:
-            self._loaded.deltas.set(())
-        return _by_branch(step, logits)
+        return _by_branch(step, self._forward.run(batch))
 
 
 def _by_branch(step: Step, logits: Tensor) -> dict[Branch, Tensor]:

@@ -62,6 +62,9 @@ def attend(
     """Attend as the plan says: query [heads, rows, dim], keys, values [kv_heads, slots, dim] → [rows, heads, dim]."""
     if plan.extents:
         return kernels.attend(query, keys, values, plan.extent_call(window), scale)
+    whole = kernels.attend_step(query, keys, values, plan, scale, window)
+    if whole is not None:
+        return whole
     merged = _Merged(plan.num_rows)
     for call in plan.calls(window):
         q = query[:, call.rows.selector]

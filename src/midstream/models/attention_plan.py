@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -105,6 +105,8 @@ class AttentionPlan:
     num_rows: int
     extents: bool = False
     write_slots: Tensor = field(init=False)
+    # What kernels that serve whole steps keep for the layers of this one.
+    prepared: dict[Any, Any] = field(default_factory=dict)
     _calls: dict[int | None, tuple[Call, ...]] = field(default_factory=dict)
     _extent_calls: dict[int | None, ExtentCall] = field(default_factory=dict)
 
@@ -139,7 +141,7 @@ class AttentionPlan:
         most = CHUNKED_SEGMENT if window is None else 1
         short = [s if window is None else _within(s, window) for s in self.segments if s.count <= most]
         builder = ExtentBuilder(window)
-        for r, users in _joined(short):
+        for r, users in joined_ranges(short):
             builder.add(r.start, r.length, _numbers(users))
         for s in self.segments:
             if s.count > most:
@@ -152,7 +154,7 @@ class AttentionPlan:
 
     def _full_calls(self) -> tuple[Call, ...]:
         small = [s for s in self.segments if 1 < s.count <= SHORT_SEGMENT]
-        ranges = _joined(self.segments)
+        ranges = joined_ranges(self.segments)
         dense = [(r, users) for r, users in ranges if r.length >= SHORT_RANGE]
         short = [(r, users) for r, users in ranges if r.length < SHORT_RANGE]
         if not small and len(short) <= 1:
@@ -254,7 +256,7 @@ def _spans(segment: RowSegment) -> list[Span]:
     return spans
 
 
-def _joined(segments: Sequence[RowSegment]) -> list[tuple[Range, tuple[RowSegment, ...]]]:
+def joined_ranges(segments: Sequence[RowSegment]) -> list[tuple[Range, tuple[RowSegment, ...]]]:
     """Distinct ranges with the segments that see them; neighbours seen by the same segments become one."""
     users: dict[Range, list[RowSegment]] = {}
     for segment in segments:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,7 +37,10 @@ class DeltaGroup:
 
 @dataclass(slots=True)
 class DeltaContext:
-    """The adapter rows of the current forward; one object shared by all layers of a model, set by the runner."""
+    """The adapter rows of the current forward; one object shared by all layers of a model, set by the runner.
+
+    `tables` is what kernels keep for these adapters in this order, `owned` for these rows too.
+    """
 
     groups: tuple[DeltaGroup, ...] = ()
     batched: bool = False
@@ -45,17 +48,20 @@ class DeltaContext:
     valid: Tensor | None = None
     key: tuple[str, ...] = ()
     stacks: dict[str, tuple[Tensor, Tensor] | None] = field(default_factory=dict)
+    tables: dict[Any, Any] = field(default_factory=dict)
+    owned: dict[Any, Any] = field(default_factory=dict)
 
     def set(self, groups: Sequence[DeltaGroup]) -> None:
         """Prepare a forward. Groups are contiguous in the batch, one after the other."""
         self.groups = tuple(groups)
+        self.owned = {}
         self.gather = self.valid = None
         self.batched = False
         if not groups:
             return
         key = tuple(group.digest for group in groups)
         if key != self.key:
-            self.key, self.stacks = key, {}
+            self.key, self.stacks, self.tables = key, {}, {}
         widest = max(group.count for group in groups)
         total = sum(group.count for group in groups)
         # One batched product pays while padding to the widest group costs less than the calls it saves.

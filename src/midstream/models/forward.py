@@ -1,95 +1,70 @@
-"""One forward of a model: tokens and a plan to logits."""
+"""One forward of the model over a packed batch: what it is asked for, and how it is run."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from midstream.models.fusions import FusedRMSNorm
-from midstream.models.kernels import Kernels
-from midstream.models.pool import ForwardPlan
-from midstream.models.stack import FusedStack
+from midstream.models.attention_plan import AttentionPlan, RowSegment
+from midstream.models.deltas import DeltaGroup
+from midstream.models.device import on_device
+from midstream.models.load import LoadedModel
+from midstream.models.pool import ForwardPlan, KVPool
 
-# Models that do nothing around their layers but what DirectForward does.
-_KNOWN = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "GraniteForCausalLM", "Qwen2ForCausalLM"})
+# Logits of so many rows are brought to the host in one copy, where sampling each of them waits for no device.
+_HOST_ROWS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Tokens with their positions, row by row; the segments that they form; the rows that adapters own.
+
+    `wanted`: the rows whose logits are needed.
+    """
+
+    tokens: list[int]
+    positions: list[int]
+    segments: tuple[RowSegment, ...]
+    groups: tuple[DeltaGroup, ...]
+    wanted: list[int]
 
 
 class Forward(Protocol):
-    def __call__(self, tokens: Tensor, positions: Tensor, wanted: Tensor, plan: ForwardPlan) -> Tensor:
-        """tokens, positions [rows]; `wanted`: the rows whose logits are returned, [wanted, vocab] in float32."""
+    """Owns the KV pool of one model."""
+
+    def run(self, batch: Batch) -> Tensor:
+        """Write the batch's KV to its slots; logits [wanted, vocab] in float32."""
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class ModelForward:
-    """The transformers model's own."""
+class EagerForward:
+    """Calls the model."""
 
-    model: nn.Module
+    def __init__(self, loaded: LoadedModel, pool: KVPool) -> None:
+        self._loaded = loaded
+        self._pool = pool
 
-    def __call__(self, tokens: Tensor, positions: Tensor, wanted: Tensor, plan: ForwardPlan) -> Tensor:
-        output = self.model(
-            input_ids=tokens[None],
-            position_ids=positions[None],
-            use_cache=False,
-            logits_to_keep=wanted,
-            midstream_plan=plan,
-        )
-        logits: Tensor = output.logits[0].float()
-        return logits
-
-
-@dataclass(frozen=True, slots=True)
-class DirectForward:
-    """The same for a model whose layers are one stack, without the checks that a step of few rows would wait for."""
-
-    embedding: nn.Embedding
-    rotary: nn.Module
-    stack: FusedStack
-    norm: FusedRMSNorm
-    head: nn.Module
-    kernels: Kernels
-    embedding_scale: float
-    logits_scale: float
-
-    def __call__(self, tokens: Tensor, positions: Tensor, wanted: Tensor, plan: ForwardPlan) -> Tensor:
-        x = F.embedding(tokens, self.embedding.weight)
-        if self.embedding_scale != 1.0:
-            x = x * self.embedding_scale
-        turning = self.rotary(x, positions[None])
-        x = self.stack(x[None], position_embeddings=turning, midstream_plan=plan)[0]
-        normed = self.kernels.norm(x.index_select(0, wanted), self.norm.weight, self.norm.eps)
-        logits: Tensor = self.head(normed)
-        return logits if self.logits_scale == 1.0 else logits / self.logits_scale
+    def run(self, batch: Batch) -> Tensor:
+        loaded, device = self._loaded, self._loaded.device
+        attention = AttentionPlan(batch.segments, loaded.dtype, device, len(batch.tokens), loaded.extents)
+        loaded.deltas.set(batch.groups)
+        try:
+            with on_device(device):
+                logits = loaded.call(
+                    torch.tensor(batch.tokens, device=device),
+                    torch.tensor(batch.positions, device=device),
+                    # A step of nothing but prefill needs no logits; one row keeps every head's shape legal.
+                    torch.tensor(batch.wanted or [0], device=device),
+                    ForwardPlan(attention, self._pool, loaded.kernels),
+                )
+        finally:
+            loaded.deltas.set(())
+        return on_host(logits)
 
 
-def direct_forward(network: Any, kernels: Kernels) -> DirectForward | None:
-    """None for a model that may do more around its layers, or whose layers are not one stack."""
-    if type(network).__name__ not in _KNOWN:
-        return None
-    inner, config = network.model, network.config
-    if not isinstance(inner.layers[0], FusedStack) or not isinstance(inner.norm, FusedRMSNorm):
-        return None
-    if inner.norm.weight.dtype != network.dtype:
-        return None
-    return DirectForward(
-        embedding=inner.embed_tokens,
-        rotary=inner.rotary_emb,
-        stack=inner.layers[0],
-        norm=inner.norm,
-        head=network.lm_head,
-        kernels=kernels,
-        embedding_scale=float(getattr(config, "embedding_multiplier", 1.0)),
-        logits_scale=float(getattr(config, "logits_scaling", 1.0)),
-    )
-
-
-@torch.inference_mode()
-def agree(one: Forward, other: Forward, tokens: Tensor, plan: ForwardPlan, tolerance: float) -> bool:
-    """Whether two forwards give the same logits but for a part of the largest."""
-    positions = torch.arange(len(tokens), device=tokens.device)
-    found, expected = (forward(tokens, positions, positions, plan) for forward in (one, other))
-    return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
+def on_host(logits: Tensor) -> Tensor:
+    """Logits [rows, vocab] in float32, in the host's memory where they are few."""
+    return logits.float().cpu() if len(logits) <= _HOST_ROWS else logits.float()

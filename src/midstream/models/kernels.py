@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from midstream.models.attention_plan import AttentionPlan
 from midstream.models.deltas import DeltaContext, Part
 from midstream.models.extents import ExtentCall
 from midstream.models.products import Product, WeightKind, WideProduct, torch_product
@@ -64,6 +65,15 @@ class Kernels(Protocol):
         """silu(gate) · up, of [rows, 2 · width] that holds both side by side."""
         ...
 
+    def attend_step(
+        self, query: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan, scale: float, window: int | None
+    ) -> Tensor | None:
+        """Attention of all rows of a step at once: query [heads, rows, dim] → [rows, heads, dim].
+
+        None, and nothing done, where the plan's calls have to do it.
+        """
+        ...
+
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, call: ExtentCall, scale: float) -> Tensor:
         """Attention of query [heads, rows, dim]: [rows, heads, dim]."""
         ...
@@ -111,6 +121,11 @@ class TorchKernels:
     def gated(self, both: Tensor) -> Tensor:
         gate, up = both.chunk(2, dim=-1)
         return F.silu(gate) * up
+
+    def attend_step(
+        self, query: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan, scale: float, window: int | None
+    ) -> Tensor | None:
+        return None
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, call: ExtentCall, scale: float) -> Tensor:
         raise NotImplementedError("plans for these kernels have no ExtentCall")

@@ -14,8 +14,10 @@ from midstream.errors import ModelError
 from midstream.models.attention import NAME
 from midstream.models.attention_plan import AttentionPlan, RowSegment
 from midstream.models.chat import ChatTokenizer
+from midstream.models.cuda.kernels import cuda_kernels
 from midstream.models.deltas import DeltaContext
-from midstream.models.forward import Forward, ModelForward, agree, direct_forward
+from midstream.models.device import on_device
+from midstream.models.direct import ModelCall, OwnCall, agree, direct_call
 from midstream.models.fuse import Watched, fuse_layers, stack_layers
 from midstream.models.fusions import fuse_norms
 from midstream.models.kernels import Kernels, TorchKernels
@@ -43,7 +45,7 @@ class LoadedModel:
 
     name: str
     model: nn.Module
-    forward: Forward
+    call: ModelCall
     chat: ChatTokenizer
     deltas: DeltaContext
     kernels: Kernels
@@ -98,11 +100,11 @@ def prepare(
     config = network.config.get_text_config()
     _refuse_known(config)
     device, dtype = network.device, network.dtype
-    kernels = kernels or pick_kernels(dtype, device)
+    kernels = kernels or (cuda_kernels if device.type == "cuda" else pick_kernels)(dtype, device)
     watched = Watched(network)
     attention = _probe(network, config, watched)
     deltas = DeltaContext()
-    with torch.inference_mode():
+    with torch.inference_mode(), on_device(device):
         shapes = fuse_layers(network, watched, attention, deltas, kernels, weights)
         stack_layers(network, kernels)
         shapes |= wrap_linears(network, deltas, kernels, weights)
@@ -110,7 +112,7 @@ def prepare(
     return LoadedModel(
         name=name,
         model=network,
-        forward=_pick_forward(network, kernels, extents, list(attention.values())),
+        call=_pick_call(network, kernels, extents, list(attention.values())),
         chat=chat,
         deltas=deltas,
         kernels=kernels,
@@ -125,10 +127,10 @@ def prepare(
     )
 
 
-def _pick_forward(network: Any, kernels: Kernels, extents: bool, shapes: list[AttentionShape]) -> Forward:
+def _pick_call(network: Any, kernels: Kernels, extents: bool, shapes: list[AttentionShape]) -> ModelCall:
     """The direct one where there is one and it gives what the model itself gives."""
-    own = ModelForward(network)
-    direct = direct_forward(network, kernels)
+    own = OwnCall(network)
+    direct = direct_call(network, kernels)
     if direct is None:
         return own
     tokens = _probe_tokens(network)

@@ -14,11 +14,21 @@ from midstream.models.kernels import Kernels
 class KVPool:
     """Keys and values of all layers: per layer [kv_heads, slots, head_dim], so that an extent is a strided view."""
 
-    def __init__(self, shapes: list[tuple[int, int]], num_slots: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        shapes: list[tuple[int, int]],
+        num_slots: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        spare: int = 0,
+    ) -> None:
+        """`spare` slots lie behind the `num_slots` that are handed out."""
         self.num_slots = num_slots
+        room = num_slots + spare
         # Not zeroed: pages that no request has used yet take no memory.
-        self.keys = [torch.empty(h, num_slots, d, dtype=dtype, device=device) for h, d in shapes]
-        self.values = [torch.empty(h, num_slots, d, dtype=dtype, device=device) for h, d in shapes]
+        self.keys = [torch.empty(h, room, d, dtype=dtype, device=device) for h, d in shapes]
+        self.values = [torch.empty(h, room, d, dtype=dtype, device=device) for h, d in shapes]
 
     def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Put key and value [kv_heads, rows, head_dim] into `slots`; return the layer's whole keys and values."""

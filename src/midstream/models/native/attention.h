@@ -11,6 +11,7 @@
 #endif
 
 #include "prefill.h"
+#include "team.h"
 
 // What one step's attention reads and writes. Ranges are cut into `chunks`; a chunk is seen by `count` rows, whose
 // numbers stand in `rows` from `first` on, and `partial` is the first of its places in the scratch memory. In a causal
@@ -271,37 +272,26 @@ void attend_block(const Attention& a, const Block& rows, int kv_head) {
     }
 }
 
-// To be called by all threads of a parallel region.
+// For all threads of a team.
 template <typename T, int DIM>
-void attend_in_team(const Attention& a) {
-#pragma omp for collapse(2) schedule(dynamic, 1) nowait
-    for (int64_t b = 0; b < a.num_blocks; b++)
-        for (int64_t h = 0; h < a.kv_heads; h++) attend_block<T, DIM>(a, a.blocks[b], int(h));
-#pragma omp for collapse(2) schedule(dynamic, 1)
-    for (int64_t c = 0; c < a.num_chunks; c++)
-        for (int64_t h = 0; h < a.kv_heads; h++) attend_chunk<T, DIM>(a, a.chunks[c], int(h));
-#pragma omp for collapse(2) schedule(static)
-    for (int64_t m = 0; m < a.num_merged; m++)
-        for (int64_t h = 0; h < a.heads; h++) merge<T, DIM>(a, m, h);
+void attend_in_team(Team& team, const Attention& a) {
+    const int64_t heads = a.kv_heads;
+    team.both(
+        a.num_blocks * heads, [&](int64_t i) { attend_block<T, DIM>(a, a.blocks[i / heads], int(i % heads)); },
+        a.num_chunks * heads, [&](int64_t i) { attend_chunk<T, DIM>(a, a.chunks[i / heads], int(i % heads)); });
+    team.rows(a.num_merged * a.heads, [&](int64_t i) { merge<T, DIM>(a, i / a.heads, i % a.heads); });
 }
 
 // The same; false, with nothing done, where there is no kernel for heads of this size.
 template <typename T>
-bool attend_in_team(const Attention& a) {
+bool attend_in_team(Team& team, const Attention& a) {
     switch (a.dim) {
-        case 32: return attend_in_team<T, 32>(a), true;
-        case 64: return attend_in_team<T, 64>(a), true;
-        case 96: return attend_in_team<T, 96>(a), true;
-        case 128: return attend_in_team<T, 128>(a), true;
-        case 256: return attend_in_team<T, 256>(a), true;
+        case 32: return attend_in_team<T, 32>(team, a), true;
+        case 64: return attend_in_team<T, 64>(team, a), true;
+        case 96: return attend_in_team<T, 96>(team, a), true;
+        case 128: return attend_in_team<T, 128>(team, a), true;
+        case 256: return attend_in_team<T, 256>(team, a), true;
         default: return false;
     }
 }
 
-template <typename T>
-bool attend(const Attention& a) {
-    bool done = true;
-#pragma omp parallel num_threads(a.threads) reduction(&& : done)
-    done = attend_in_team<T>(a);
-    return done;
-}

@@ -1,8 +1,6 @@
 // The low-rank deltas of adapters: y += scale * B (A x), for the rows that each adapter owns.
 #pragma once
 
-#include <omp.h>
-
 #include "product.h"
 
 // One adapter's factors of one linear layer, packed, and where its outputs stand in the product's rows.
@@ -44,11 +42,9 @@ class ProductDeltas {
         : d(deltas), product(which), in(product.in), width(product.out) {}
 
     // For all threads of a team.
-    void add(const T* x, T* y) const {
-        share(1, [](const Factor& f) { return f.depth; }, [&](const Unit& u) { down(u, x); });
-#pragma omp barrier
-        share(DELTA_PANELS, [](const Factor& f) { return f.out; }, [&](const Unit& u) { up(u, y); });
-#pragma omp barrier
+    void add(Team& team, const T* x, T* y) const {
+        share(team, 1, [](const Factor& f) { return f.depth; }, [&](const Unit& u) { down(u, x); });
+        share(team, DELTA_PANELS, [](const Factor& f) { return f.out; }, [&](const Unit& u) { up(u, y); });
     }
 
   private:
@@ -60,10 +56,9 @@ class ProductDeltas {
         int64_t panel;
     };
 
-    // visit(unit) for this thread's share.
+    // visit(unit) for this thread's share; done when all are.
     template <typename Columns, typename Visit>
-    void share(int64_t grain, Columns columns, Visit visit) const {
-        const int64_t threads = omp_get_num_threads(), mine = omp_get_thread_num();
+    void share(Team& team, int64_t grain, Columns columns, Visit visit) const {
         int64_t number = 0, before = 0;
         for (int64_t g = 0; g < d.num_owned; g++) {
             const Owned& o = d.owned[g];
@@ -72,7 +67,7 @@ class ProductDeltas {
                 const int64_t panels = (columns(*f) + PANEL - 1) / PANEL;
                 for (int64_t row = o.start; row < o.end; row += DELTA_ROWS)
                     for (int64_t panel = 0; panel < panels; panel += grain) {
-                        if (number++ % threads != mine) continue;
+                        if (number++ % team.count != team.me) continue;
                         const int64_t rows = o.end - row < DELTA_ROWS ? o.end - row : DELTA_ROWS;
                         const int64_t last = panel + grain < panels ? panel + grain : panels;
                         for (int64_t p = panel; p < last; p++) visit({*f, row, rows, before + row - o.start, p});
@@ -80,6 +75,7 @@ class ProductDeltas {
             }
             before += o.end - o.start;
         }
+        team.wait();
     }
 
     void down(const Unit& u, const T* x) const {

@@ -5,34 +5,42 @@ namespace {
 
 constexpr int64_t SERIAL = 1 << 15;  // numbers below which waking a second thread costs more than it saves
 
+int worth(int threads, int64_t numbers) { return numbers > SERIAL ? threads : 1; }
+
+template <typename T>
+bool attend(const Attention& a) {
+    bool served = true;
+    with_team(a.threads, [&](Team& team) {
+        const bool mine = attend_in_team<T>(team, a);
+        if (team.me == 0) served = mine;
+    });
+    return served;
+}
+
 template <typename T>
 void add_norm(const Norm& n, int32_t threads) {
-#pragma omp parallel num_threads(threads) if (n.rows * n.dim > SERIAL)
-    add_norm_in_team<T>(n);
+    with_team(worth(threads, n.rows * n.dim), [&](Team& team) { add_norm_in_team<T>(team, n); });
 }
 
 template <typename T>
 void rotate(const Rotary& r, int32_t threads) {
-#pragma omp parallel num_threads(threads) if (r.rows * r.heads * r.dim > SERIAL)
-    rotate_in_team<T>(r);
+    with_team(worth(threads, r.rows * r.heads * r.dim), [&](Team& team) { rotate_in_team<T>(team, r); });
 }
 
 template <typename T>
 void gated(const void* both, void* out, int64_t rows, int64_t width, int32_t threads) {
-#pragma omp parallel num_threads(threads) if (rows * width > SERIAL)
-    gated_in_team<T>((const T*)both, (T*)out, rows, width);
+    with_team(worth(threads, rows * width),
+              [&](Team& team) { gated_in_team<T>(team, (const T*)both, (T*)out, rows, width); });
 }
 
 template <typename T>
 void product(const Weight& w, const void* x, void* y, int64_t rows, int32_t threads) {
-#pragma omp parallel num_threads(threads)
-    product_in_team<T>(w, (const T*)x, y, rows, threads);
+    with_team(threads, [&](Team& team) { product_in_team<T>(team, w, (const T*)x, y, rows); });
 }
 
 template <typename T>
 void add_deltas(const Deltas& d, const Weight& w, const void* x, void* y, int32_t threads) {
-#pragma omp parallel num_threads(threads)
-    ProductDeltas<T>(d, 0, w).add((const T*)x, (T*)y);
+    with_team(threads, [&](Team& team) { ProductDeltas<T>(d, 0, w).add(team, (const T*)x, (T*)y); });
 }
 
 }  // namespace

@@ -36,36 +36,36 @@ class LayerRun {
     explicit LayerRun(const Forward& forward) : f(forward) {}
 
     // For all threads of a team.
-    void layer(int64_t index) const {
+    void layer(Team& team, int64_t index) const {
         const Layer& layer = f.layers[index];
         const int64_t first = 4 * index;
         const float scale = f.residual_scale;
-        add_norm_in_team<T>({f.x, nullptr, layer.first_norm, f.normed, f.rows, f.hidden, 0, layer.first_eps});
-        product(layer.qkv, first, f.normed, f.qkv);
-        rotate_in_team<T>({f.qkv, f.cosine, f.sine, f.query, f.keys[index], f.values[index], f.write, f.rows, f.heads,
+        add_norm_in_team<T>(team, {f.x, nullptr, layer.first_norm, f.normed, f.rows, f.hidden, 0, layer.first_eps});
+        product(team, layer.qkv, first, f.normed, f.qkv);
+        rotate_in_team<T>(team, {f.qkv, f.cosine, f.sine, f.query, f.keys[index], f.values[index], f.write, f.rows, f.heads,
                            f.kv_heads, f.dim, f.slots});
-        attend(index);
-        product(layer.o, first + 1, f.attended, f.update);
-        add_norm_in_team<T>({f.x, f.update, layer.second_norm, f.normed, f.rows, f.hidden, scale, layer.second_eps});
-        product(layer.gate_up, first + 2, f.normed, f.both);
-        gated_in_team<T>((const T*)f.both, (T*)f.gated, f.rows, f.width);
-        product(layer.down, first + 3, f.gated, f.update);
-        add_in_team<T>((T*)f.x, (const T*)f.update, scale, f.rows, f.hidden);
+        attend(team, index);
+        product(team, layer.o, first + 1, f.attended, f.update);
+        add_norm_in_team<T>(team, {f.x, f.update, layer.second_norm, f.normed, f.rows, f.hidden, scale, layer.second_eps});
+        product(team, layer.gate_up, first + 2, f.normed, f.both);
+        gated_in_team<T>(team, (const T*)f.both, (T*)f.gated, f.rows, f.width);
+        product(team, layer.down, first + 3, f.gated, f.update);
+        add_in_team<T>(team, (T*)f.x, (const T*)f.update, scale, f.rows, f.hidden);
     }
 
   private:
-    void product(const Weight& weight, int64_t number, const void* x, void* y) const {
-        product_in_team<T>(weight, (const T*)x, y, f.rows, f.threads);
-        if (f.deltas) ProductDeltas<T>(*f.deltas, number, weight).add((const T*)x, (T*)y);
+    void product(Team& team, const Weight& weight, int64_t number, const void* x, void* y) const {
+        product_in_team<T>(team, weight, (const T*)x, y, f.rows);
+        if (f.deltas) ProductDeltas<T>(*f.deltas, number, weight).add(team, (const T*)x, (T*)y);
     }
 
-    void attend(int64_t index) const {
+    void attend(Team& team, int64_t index) const {
         Attention a = *f.attention[index];
         a.query = f.query;
         a.keys = f.keys[index];
         a.values = f.values[index];
         a.out = f.attended;
-        attend_in_team<T>(a);
+        attend_in_team<T>(team, a);
     }
 
     const Forward& f;
@@ -74,6 +74,7 @@ class LayerRun {
 template <typename T>
 void run_layers(const Forward& f) {
     const LayerRun<T> run(f);
-#pragma omp parallel num_threads(f.threads)
-    for (int64_t i = 0; i < f.num_layers; i++) run.layer(i);
+    with_team(f.threads, [&](Team& team) {
+        for (int64_t i = 0; i < f.num_layers; i++) run.layer(team, i);
+    });
 }

@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "team.h"
 #include "vector.h"
 
 // residual += alpha * update (where there is one); out = residual / rms(residual) * weight. All [rows, dim].
@@ -17,12 +18,11 @@ struct Norm {
 };
 
 template <typename T>
-void add_norm_in_team(const Norm& n) {
+void add_norm_in_team(Team& team, const Norm& n) {
     const int64_t dim = n.dim;
     const float alpha = n.alpha;
     const T* weight = (const T*)n.weight;
-#pragma omp for schedule(static)
-    for (int64_t r = 0; r < n.rows; r++) {
+    team.rows(n.rows, [&](int64_t r) {
         T *x = (T*)n.residual + r * dim, *y = (T*)n.out + r * dim;
         const T* u = n.update ? (const T*)n.update + r * dim : nullptr;
         const int64_t whole = dim / LANES * LANES;
@@ -40,7 +40,7 @@ void add_norm_in_team(const Norm& n) {
         const float scale = 1 / std::sqrt((sum(squares) + rest) / float(dim) + n.eps);
         for (int64_t d = 0; d < whole; d += LANES) store(y + d, load(x + d) * scale * load(weight + d));
         for (int64_t d = whole; d < dim; d++) put(y + d, one(x + d) * scale * one(weight + d));
-    }
+    });
 }
 
 // What one layer's rotary embedding reads and writes.
@@ -66,10 +66,9 @@ inline void rotate(const T* from, const T* cosine, const T* sine, T* to, int64_t
 }
 
 template <typename T>
-void rotate_in_team(const Rotary& r) {
+void rotate_in_team(Team& team, const Rotary& r) {
     const int64_t width = (r.heads + 2 * r.kv_heads) * r.dim;
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < r.rows; row++) {
+    team.rows(r.rows, [&](int64_t row) {
         const T* from = (const T*)r.qkv + row * width;
         const T *cosine = (const T*)r.cosine + row * r.dim, *sine = (const T*)r.sine + row * r.dim;
         for (int64_t h = 0; h < r.heads; h++, from += r.dim)
@@ -78,15 +77,14 @@ void rotate_in_team(const Rotary& r) {
             rotate(from, cosine, sine, (T*)r.keys + (h * r.slots + r.write[row]) * r.dim, r.dim);
         for (int64_t h = 0; h < r.kv_heads; h++, from += r.dim)
             std::memcpy((T*)r.values + (h * r.slots + r.write[row]) * r.dim, from, sizeof(T) * r.dim);
-    }
+    });
 }
 
 // out = silu(gate) * up, of [rows, 2 width] that holds both side by side.
 template <typename T>
-void gated_in_team(const T* both, T* out, int64_t rows, int64_t width) {
+void gated_in_team(Team& team, const T* both, T* out, int64_t rows, int64_t width) {
     const int64_t whole = width / LANES * LANES;
-#pragma omp for schedule(static)
-    for (int64_t r = 0; r < rows; r++) {
+    team.rows(rows, [&](int64_t r) {
         const T *gate = both + 2 * r * width, *up = gate + width;
         T* to = out + r * width;
         for (int64_t d = 0; d < whole; d += LANES) {
@@ -97,18 +95,17 @@ void gated_in_team(const T* both, T* out, int64_t rows, int64_t width) {
             const float g = one(gate + d);
             put(to + d, g / (1 + std::exp(-g)) * one(up + d));
         }
-    }
+    });
 }
 
 // x += alpha * update, both [rows, dim].
 template <typename T>
-void add_in_team(T* x, const T* update, float alpha, int64_t rows, int64_t dim) {
+void add_in_team(Team& team, T* x, const T* update, float alpha, int64_t rows, int64_t dim) {
     const int64_t whole = dim / LANES * LANES;
-#pragma omp for schedule(static)
-    for (int64_t r = 0; r < rows; r++) {
+    team.rows(rows, [&](int64_t r) {
         T* to = x + r * dim;
         const T* from = update + r * dim;
         for (int64_t d = 0; d < whole; d += LANES) store(to + d, load(to + d) + alpha * load(from + d));
         for (int64_t d = whole; d < dim; d++) put(to + d, one(to + d) + alpha * one(from + d));
-    }
+    });
 }

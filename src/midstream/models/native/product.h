@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "team.h"
 #include "tile.h"
 
 // A packed weight [out, in]. Eight-bit ones have a scale for each output; other ones have no scales.
@@ -75,20 +76,18 @@ inline void times_panel(const Weight& w, const T* x, void* y, int64_t rows, int6
 
 // For all threads of a team: x [rows, in] → y [rows, out].
 template <typename T>
-void product_in_team(const Weight& w, const T* x, void* y, int64_t rows, int threads) {
+void product_in_team(Team& team, const Weight& w, const T* x, void* y, int64_t rows) {
     const int64_t size = w.wide ? sizeof(float) : sizeof(T);
     if (!rows) return;
     const int64_t panels = (w.out + PANEL - 1) / PANEL;
     const int64_t most = CACHED / int64_t(w.in * sizeof(T)) / TILE * TILE, cached = most < TILE ? TILE : most;
     const int64_t blocks = (rows + cached - 1) / cached, even = (rows + blocks - 1) / blocks;
     const int64_t block = (even + TILE - 1) / TILE * TILE;
-    const int64_t share = panels / (8 * threads), grain = share < 1 ? 1 : share > 8 ? 8 : share;
-#pragma omp for collapse(2) schedule(dynamic, grain)
-    for (int64_t b = 0; b < blocks; b++)
-        for (int64_t panel = 0; panel < panels; panel++) {
-            const int64_t first = b * block, left = rows - first;
-            if (left <= 0) continue;
-            void* to = (char*)y + first * w.out * size;
-            times_panel(w, x + first * w.in, to, left < block ? left : block, panel);
-        }
+    const int64_t share = panels / (8 * team.count), grain = share < 1 ? 1 : share > 8 ? 8 : share;
+    team.each(blocks * panels, grain, [&](int64_t unit) {
+        const int64_t first = unit / panels * block, left = rows - first;
+        if (left <= 0) return;
+        void* to = (char*)y + first * w.out * size;
+        times_panel(w, x + first * w.in, to, left < block ? left : block, unit % panels);
+    });
 }

@@ -40,7 +40,8 @@ class LayerRun {
         const Layer& layer = f.layers[index];
         const int64_t first = 4 * index;
         const float scale = f.residual_scale;
-        add_norm_in_team<T>(team, {f.x, nullptr, layer.first_norm, f.normed, f.rows, f.hidden, 0, layer.first_eps});
+        const void* before = index ? f.update : nullptr;  // what the layer before has not added yet
+        add_norm_in_team<T>(team, {f.x, before, layer.first_norm, f.normed, f.rows, f.hidden, scale, layer.first_eps});
         product(team, layer.qkv, first, f.normed, f.qkv);
         rotate_in_team<T>(team, {f.qkv, f.cosine, f.sine, f.query, f.keys[index], f.values[index], f.write, f.rows, f.heads,
                            f.kv_heads, f.dim, f.slots});
@@ -50,7 +51,11 @@ class LayerRun {
         product(team, layer.gate_up, first + 2, f.normed, f.both);
         gated_in_team<T>(team, (const T*)f.both, (T*)f.gated, f.rows, f.width);
         product(team, layer.down, first + 3, f.gated, f.update);
-        add_in_team<T>(team, (T*)f.x, (const T*)f.update, scale, f.rows, f.hidden);
+    }
+
+    // What the last layer has not added.
+    void finish(Team& team) const {
+        add_in_team<T>(team, (T*)f.x, (const T*)f.update, f.residual_scale, f.rows, f.hidden);
     }
 
   private:
@@ -76,5 +81,6 @@ void run_layers(const Forward& f) {
     const LayerRun<T> run(f);
     with_team(f.threads, [&](Team& team) {
         for (int64_t i = 0; i < f.num_layers; i++) run.layer(team, i);
+        run.finish(team);
     });
 }

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from midstream.models.extents import ExtentBuilder, ExtentCall
 from midstream.models.kernels import TorchKernels
+from midstream.models.kv import LayerKV
 from tests.models.native import DTYPES, PlainKernels, assert_attends, assert_follows, native, needs_compiler, random
 
 pytestmark = [needs_compiler, pytest.mark.usefixtures("no_gradients")]
@@ -92,9 +93,9 @@ def test_rotate_fills_scattered_slots_and_no_others(
     cosine, sine = positions(rows, dim, dtype)
     keys, values = (random(kv_heads, num_slots, dim, seed=i, dtype=dtype) for i in (1, 2))
     expected_keys, expected_values = keys.float(), values.float()
-    expected = TorchKernels().rotate(qkv.float(), cosine.float(), sine.float(), expected_keys, expected_values, slots)
+    expected = TorchKernels().rotate(qkv.float(), cosine.float(), sine.float(), LayerKV(expected_keys, expected_values), slots)
     old_keys, old_values = keys.clone(), values.clone()
-    query = native(dtype).rotate(qkv, cosine, sine, keys, values, slots)
+    query = native(dtype).rotate(qkv, cosine, sine, LayerKV(keys, values), slots)
     assert query.is_contiguous()
     assert_follows(query, expected)
     assert_follows(keys, expected_keys)
@@ -108,7 +109,7 @@ def test_rotate_leaves_other_head_sizes_to_torch() -> None:
     results = []
     for kernels in (native(), TorchKernels()):
         keys, values = torch.zeros(2, 9, 8), torch.zeros(2, 9, 8)
-        turned = kernels.rotate(random(3, 64), *positions(3, 8, torch.float32), keys, values, torch.tensor([8, 0, 3]))
+        turned = kernels.rotate(random(3, 64), *positions(3, 8, torch.float32), LayerKV(keys, values), torch.tensor([8, 0, 3]))
         results.append((turned, keys, values))
     for found, expected in zip(*results, strict=True):
         assert torch.equal(found, expected)
@@ -152,12 +153,12 @@ def check_attention(
     unseen = [slot for slot in range(num_slots) if slot not in seen]
     keys[:, unseen] = values[:, unseen] = float("nan")
     scale = dim**-0.5
-    found = native(dtype).attend(query, keys, values, call, scale)
+    found = native(dtype).attend(query, LayerKV(keys, values), call, scale)
     assert found.dtype == dtype
-    assert_attends(found, query, keys, values, call, scale)
+    assert_attends(found, query, LayerKV(keys, values), call, scale)
     # As transformers' own layers give it; and a second layer of the same step.
     transposed = query.transpose(0, 1).contiguous().transpose(0, 1)
-    again = native(dtype).attend(transposed, keys, values, call, scale)
+    again = native(dtype).attend(transposed, LayerKV(keys, values), call, scale)
     assert torch.equal(again[call.merge_rows], found[call.merge_rows])
 
 
@@ -235,8 +236,8 @@ def test_scores_far_apart(size: float) -> None:
     call = few.call()
     query, values = torch.ones(1, 2, 32), random(1, 700, 32)
     keys = torch.linspace(-1, 1, 700)[:, None].expand(1, 700, 32).contiguous() * size
-    found = native().attend(query, keys, values, call, 1 / 32)
-    expected = PlainKernels().attend(query.double(), keys.double(), values.double(), call, 1 / 32)
+    found = native().attend(query, LayerKV(keys, values), call, 1 / 32)
+    expected = PlainKernels().attend(query.double(), LayerKV(keys.double(), values.double()), call, 1 / 32)
     assert_follows(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -246,7 +247,7 @@ def test_heads_of_other_sizes_have_no_kernel() -> None:
     call = few.call()
     assert not native().supports(48)
     with pytest.raises(RuntimeError, match="heads of 48"):
-        native().attend(torch.ones(1, 1, 48), torch.ones(1, 3, 48), torch.ones(1, 3, 48), call, 1.0)
+        native().attend(torch.ones(1, 1, 48), LayerKV(torch.ones(1, 3, 48), torch.ones(1, 3, 48)), call, 1.0)
 
 
 # ---------------------------------------------------------------------- all of them
@@ -262,7 +263,7 @@ def kernel_calls(dtype: torch.dtype) -> dict[str, Callable[[], tuple[Tensor, ...
     def rotate() -> tuple[Tensor, ...]:
         keys, values = torch.zeros(2, 99, 64, dtype=dtype), torch.zeros(2, 99, 64, dtype=dtype)
         slots = torch.arange(98, 1, -1)
-        query = native(dtype).rotate(random(97, 512, dtype=dtype), *positions(97, 64, dtype), keys, values, slots)
+        query = native(dtype).rotate(random(97, 512, dtype=dtype), *positions(97, 64, dtype), LayerKV(keys, values), slots)
         return query, keys, values
 
     def add_norm() -> tuple[Tensor, ...]:
@@ -271,7 +272,7 @@ def kernel_calls(dtype: torch.dtype) -> dict[str, Callable[[], tuple[Tensor, ...
 
     def attend() -> tuple[Tensor, ...]:
         keys, values = (random(2, 1008, 64, seed=i, dtype=dtype) for i in (1, 2))
-        return (native(dtype).attend(random(4, 8, 64, dtype=dtype), keys, values, call, 0.1),)
+        return (native(dtype).attend(random(4, 8, 64, dtype=dtype), LayerKV(keys, values), call, 0.1),)
 
     return {
         "rotate": rotate,
@@ -309,6 +310,6 @@ def test_nan_stays_in_its_row_and_harms_nothing(dtype: torch.dtype) -> None:
     for place in range(0, 300, 37):
         keys, values = (random(1, 303, 32, seed=i, dtype=dtype) for i in (1, 2))
         keys[0, place, 3] = float("nan")
-        found = kernels.attend(random(2, 3, 32, dtype=dtype), keys, values, call, 1.0)
+        found = kernels.attend(random(2, 3, 32, dtype=dtype), LayerKV(keys, values), call, 1.0)
         assert found[:2].isnan().all()
         assert found[2].isfinite().all()

@@ -13,6 +13,7 @@ from torch import Tensor
 from midstream.models.attention import attend
 from midstream.models.attention_plan import AttentionPlan, Range, RowSegment
 from midstream.models.extents import ExtentBuilder, ExtentCall, Span
+from midstream.models.kv import LayerKV
 from midstream.models.native import build
 from midstream.models.native.kernels import NativeKernels
 from tests.models.native import DTYPES, assert_attends, native, needs_compiler, random, rows_in, seen_by
@@ -48,9 +49,9 @@ def check(
     keys, values = torch.full((2, kv_heads, seen[-1] + 3, dim), float("nan"), dtype=dtype)
     for tensor, seed in ((keys, 1), (values, 2)):
         tensor[:, seen] = random(kv_heads, len(seen), dim, seed=seed, dtype=dtype)
-    found = (kernels or native(dtype)).attend(query, keys, values, call, dim**-0.5)
+    found = (kernels or native(dtype)).attend(query, LayerKV(keys, values), call, dim**-0.5)
     assert found.dtype == dtype
-    assert_attends(found, query, keys, values, call, dim**-0.5)
+    assert_attends(found, query, LayerKV(keys, values), call, dim**-0.5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -124,7 +125,7 @@ def test_on_processors_with_narrower_registers(narrow: NativeKernels, dim: int, 
 
 def attended(segments: Sequence[RowSegment], query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     plan = AttentionPlan(tuple(segments), query.dtype, CPU, query.shape[1], extents=True)
-    return attend(query, keys, values, plan, native(query.dtype), 0.2, None)
+    return attend(query, LayerKV(keys, values), plan, native(query.dtype), 0.2, None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -175,7 +176,7 @@ def test_any_number_of_threads_gives_the_same_numbers(dtype: torch.dtype) -> Non
         found = []
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            found.append(native(dtype).attend(query, keys, values, call, 0.2))
+            found.append(native(dtype).attend(query, LayerKV(keys, values), call, 0.2))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*found)
@@ -192,7 +193,7 @@ def test_scores_far_apart(size: float) -> None:
     call = builder.call()
     query, values = torch.ones(1, 100, 32), random(1, 700, 32)
     keys = torch.linspace(-1, 1, 700)[:, None].expand(1, 700, 32).contiguous() * size
-    found = native().attend(query, keys, values, call, 1 / 32)
+    found = native().attend(query, LayerKV(keys, values), call, 1 / 32)
     scores = (query.double() @ keys.double().transpose(1, 2) / 32)[0]
     hidden = torch.ones(100, 700, dtype=torch.bool).triu(601)
     expected = scores.masked_fill(hidden, float("-inf")).softmax(-1) @ values[0].double()
@@ -206,7 +207,7 @@ def test_a_nan_harms_the_rows_that_see_it(place: int, dtype: torch.dtype) -> Non
     builder.add_block(0, 100, 300, [Span(0, 400, 0)])
     keys, values = (random(1, 400, 32, seed=i, dtype=dtype) for i in (1, 2))
     keys[0, place, 3] = float("nan")
-    found = native(dtype).attend(random(2, 100, 32, dtype=dtype), keys, values, builder.call(), 1.0)
+    found = native(dtype).attend(random(2, 100, 32, dtype=dtype), LayerKV(keys, values), builder.call(), 1.0)
     seeing = max(0, place - 300)
     assert found[seeing:].isnan().all()
     assert found[:seeing].isfinite().all()

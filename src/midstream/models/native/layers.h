@@ -22,7 +22,7 @@ struct Forward {
     const void *cosine, *sine;  // [rows, dim]
     const int64_t* write;       // by row: its slot
     const Layer* layers;
-    void *const *keys, *const *values;   // by layer: [kv_heads, slots, dim]
+    const KV* kv;                        // by layer
     const Attention* const* attention;   // by layer: all but what is in this struct
     const Deltas* deltas;                // whose products are each layer's four in turn; or none
     int64_t num_layers, rows, hidden, heads, kv_heads, dim, slots, width;
@@ -42,8 +42,8 @@ class LayerRun {
         const float scale = f.residual_scale;
         add_norm_in_team<T>({f.x, nullptr, layer.first_norm, f.normed, f.rows, f.hidden, 0, layer.first_eps});
         product(layer.qkv, first, f.normed, f.qkv);
-        rotate_in_team<T>({f.qkv, f.cosine, f.sine, f.query, f.keys[index], f.values[index], f.write, f.rows, f.heads,
-                           f.kv_heads, f.dim, f.slots});
+        rotate_in_team<T>({f.qkv, f.cosine, f.sine, f.query, f.kv[index], f.write, f.rows, f.heads, f.kv_heads, f.dim,
+                           f.slots});
         attend(index);
         product(layer.o, first + 1, f.attended, f.update);
         add_norm_in_team<T>({f.x, f.update, layer.second_norm, f.normed, f.rows, f.hidden, scale, layer.second_eps});
@@ -62,8 +62,7 @@ class LayerRun {
     void attend(int64_t index) const {
         Attention a = *f.attention[index];
         a.query = f.query;
-        a.keys = f.keys[index];
-        a.values = f.values[index];
+        a.kv = f.kv[index];
         a.out = f.attended;
         attend_in_team<T>(a);
     }

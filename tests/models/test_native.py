@@ -93,7 +93,9 @@ def test_rotate_fills_scattered_slots_and_no_others(
     cosine, sine = positions(rows, dim, dtype)
     keys, values = (random(kv_heads, num_slots, dim, seed=i, dtype=dtype) for i in (1, 2))
     expected_keys, expected_values = keys.float(), values.float()
-    expected = TorchKernels().rotate(qkv.float(), cosine.float(), sine.float(), LayerKV(expected_keys, expected_values), slots)
+    expected = TorchKernels().rotate(
+        qkv.float(), cosine.float(), sine.float(), LayerKV(expected_keys, expected_values), slots
+    )
     old_keys, old_values = keys.clone(), values.clone()
     query = native(dtype).rotate(qkv, cosine, sine, LayerKV(keys, values), slots)
     assert query.is_contiguous()
@@ -109,7 +111,9 @@ def test_rotate_leaves_other_head_sizes_to_torch() -> None:
     results = []
     for kernels in (native(), TorchKernels()):
         keys, values = torch.zeros(2, 9, 8), torch.zeros(2, 9, 8)
-        turned = kernels.rotate(random(3, 64), *positions(3, 8, torch.float32), LayerKV(keys, values), torch.tensor([8, 0, 3]))
+        turned = kernels.rotate(
+            random(3, 64), *positions(3, 8, torch.float32), LayerKV(keys, values), torch.tensor([8, 0, 3])
+        )
         results.append((turned, keys, values))
     for found, expected in zip(*results, strict=True):
         assert torch.equal(found, expected)
@@ -263,7 +267,9 @@ def kernel_calls(dtype: torch.dtype) -> dict[str, Callable[[], tuple[Tensor, ...
     def rotate() -> tuple[Tensor, ...]:
         keys, values = torch.zeros(2, 99, 64, dtype=dtype), torch.zeros(2, 99, 64, dtype=dtype)
         slots = torch.arange(98, 1, -1)
-        query = native(dtype).rotate(random(97, 512, dtype=dtype), *positions(97, 64, dtype), LayerKV(keys, values), slots)
+        query = native(dtype).rotate(
+            random(97, 512, dtype=dtype), *positions(97, 64, dtype), LayerKV(keys, values), slots
+        )
         return query, keys, values
 
     def add_norm() -> tuple[Tensor, ...]:

@@ -22,10 +22,10 @@ WeightsOf = Callable[[str], Mapping[str, LoraWeights]]
 class Runner:
     """One model and its KV pool. `weights_of` gives the weights of an adapter by its digest."""
 
-    def __init__(self, loaded: LoadedModel, num_slots: int, weights_of: WeightsOf) -> None:
+    def __init__(self, loaded: LoadedModel, pool: KVPool, weights_of: WeightsOf) -> None:
         self._loaded = loaded
         self._weights_of = weights_of
-        self._pool = KVPool(loaded.kv_shapes, num_slots, loaded.dtype, loaded.device)
+        self._pool = pool
 
     @torch.inference_mode()
     def run(self, step: Step) -> dict[Branch, Tensor]:

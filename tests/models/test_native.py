@@ -13,8 +13,18 @@ from torch.nn import functional as F
 
 from midstream.models.extents import ExtentBuilder, ExtentCall
 from midstream.models.kernels import TorchKernels
-from midstream.models.kv import LayerKV
-from tests.models.native import DTYPES, PlainKernels, assert_attends, assert_follows, native, needs_compiler, random
+from midstream.models.kv import KVKind, LayerKV
+from tests.models.native import (
+    DTYPES,
+    KV_KINDS,
+    PlainKernels,
+    assert_attends,
+    assert_follows,
+    held,
+    native,
+    needs_compiler,
+    random,
+)
 
 pytestmark = [needs_compiler, pytest.mark.usefixtures("no_gradients")]
 ODD_WIDTHS = (1, 8, 15, 16, 17, 33, 64, 100)
@@ -93,9 +103,8 @@ def test_rotate_fills_scattered_slots_and_no_others(
     cosine, sine = positions(rows, dim, dtype)
     keys, values = (random(kv_heads, num_slots, dim, seed=i, dtype=dtype) for i in (1, 2))
     expected_keys, expected_values = keys.float(), values.float()
-    expected = TorchKernels().rotate(
-        qkv.float(), cosine.float(), sine.float(), LayerKV(expected_keys, expected_values), slots
-    )
+    expected_kv = LayerKV(expected_keys, expected_values)
+    expected = TorchKernels().rotate(qkv.float(), cosine.float(), sine.float(), expected_kv, slots)
     old_keys, old_values = keys.clone(), values.clone()
     query = native(dtype).rotate(qkv, cosine, sine, LayerKV(keys, values), slots)
     assert query.is_contiguous()
@@ -110,11 +119,9 @@ def test_rotate_fills_scattered_slots_and_no_others(
 def test_rotate_leaves_other_head_sizes_to_torch() -> None:
     results = []
     for kernels in (native(), TorchKernels()):
-        keys, values = torch.zeros(2, 9, 8), torch.zeros(2, 9, 8)
-        turned = kernels.rotate(
-            random(3, 64), *positions(3, 8, torch.float32), LayerKV(keys, values), torch.tensor([8, 0, 3])
-        )
-        results.append((turned, keys, values))
+        kv = LayerKV(torch.zeros(2, 9, 8), torch.zeros(2, 9, 8))
+        turned = kernels.rotate(random(3, 64), *positions(3, 8, torch.float32), kv, torch.tensor([8, 0, 3]))
+        results.append((turned, kv.keys, kv.values))
     for found, expected in zip(*results, strict=True):
         assert torch.equal(found, expected)
 
@@ -148,7 +155,15 @@ def test_gates_far_from_zero(width: int, dtype: torch.dtype) -> None:
 
 
 def check_attention(
-    call: ExtentCall, *, heads: int, kv_heads: int, dim: int, num_slots: int, rows: int, dtype: torch.dtype
+    call: ExtentCall,
+    *,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    num_slots: int,
+    rows: int,
+    dtype: torch.dtype,
+    kind: KVKind | None = None,
 ) -> None:
     """Slots that nobody sees hold NaN: it shows where one is read."""
     query = random(heads, rows, dim, dtype=dtype)
@@ -157,19 +172,21 @@ def check_attention(
     unseen = [slot for slot in range(num_slots) if slot not in seen]
     keys[:, unseen] = values[:, unseen] = float("nan")
     scale = dim**-0.5
-    found = native(dtype).attend(query, LayerKV(keys, values), call, scale)
+    kv = held(keys, values, kind)
+    found = native(dtype).attend(query, kv, call, scale)
     assert found.dtype == dtype
-    assert_attends(found, query, LayerKV(keys, values), call, scale)
+    assert_attends(found, query, kv, call, scale)
     # As transformers' own layers give it; and a second layer of the same step.
     transposed = query.transpose(0, 1).contiguous().transpose(0, 1)
-    again = native(dtype).attend(transposed, LayerKV(keys, values), call, scale)
+    again = native(dtype).attend(transposed, kv, call, scale)
     assert torch.equal(again[call.merge_rows], found[call.merge_rows])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KV_KINDS)
 @pytest.mark.parametrize("dim", [32, 64, 96, 128, 256])
 @pytest.mark.parametrize("group", range(1, 9))
-def test_attention_of_all_head_sizes_and_groups(group: int, dim: int, dtype: torch.dtype) -> None:
+def test_attention_of_all_head_sizes_and_groups(group: int, dim: int, kind: KVKind | None, dtype: torch.dtype) -> None:
     few = ExtentBuilder()
     few.add(400, 255, [0])
     few.add(3, 1, [2, 0])
@@ -177,7 +194,7 @@ def test_attention_of_all_head_sizes_and_groups(group: int, dim: int, dtype: tor
     few.add(60, 4, [1, 2, 3, 4], causal=True)
     few.add(100, 257, [6, 0, 1])
     few.add(66, 1, [9])
-    check_attention(few.call(), heads=2 * group, kv_heads=2, dim=dim, num_slots=800, rows=10, dtype=dtype)
+    check_attention(few.call(), heads=2 * group, kv_heads=2, dim=dim, num_slots=800, rows=10, dtype=dtype, kind=kind)
 
 
 @pytest.mark.parametrize("rows", range(1, 33))
@@ -222,13 +239,14 @@ def layouts(draw: st.DrawFn) -> tuple[ExtentCall, int, int]:
     return call, at, rows
 
 
-@given(layouts(), st.sampled_from([(1, 1), (3, 3), (6, 2), (8, 1)]), st.sampled_from(DTYPES))
-@settings(max_examples=60, deadline=None, derandomize=True)
+@given(layouts(), st.sampled_from([(1, 1), (3, 3), (6, 2), (8, 1)]), st.sampled_from(DTYPES), st.sampled_from(KV_KINDS))
+@settings(max_examples=90, deadline=None, derandomize=True)
 def test_attention_of_any_layout(
-    layout: tuple[ExtentCall, int, int], heads: tuple[int, int], dtype: torch.dtype
+    layout: tuple[ExtentCall, int, int], heads: tuple[int, int], dtype: torch.dtype, kind: KVKind | None
 ) -> None:
     call, num_slots, rows = layout
-    check_attention(call, heads=heads[0], kv_heads=heads[1], dim=32, num_slots=num_slots, rows=rows, dtype=dtype)
+    sizes = {"heads": heads[0], "kv_heads": heads[1], "dim": 32, "num_slots": num_slots, "rows": rows}
+    check_attention(call, **sizes, dtype=dtype, kind=kind)
 
 
 @pytest.mark.parametrize("size", [0.0, 30.0, 2000.0])
@@ -265,12 +283,10 @@ def kernel_calls(dtype: torch.dtype) -> dict[str, Callable[[], tuple[Tensor, ...
     call = few.call()
 
     def rotate() -> tuple[Tensor, ...]:
-        keys, values = torch.zeros(2, 99, 64, dtype=dtype), torch.zeros(2, 99, 64, dtype=dtype)
+        kv = LayerKV(torch.zeros(2, 99, 64, dtype=dtype), torch.zeros(2, 99, 64, dtype=dtype))
         slots = torch.arange(98, 1, -1)
-        query = native(dtype).rotate(
-            random(97, 512, dtype=dtype), *positions(97, 64, dtype), LayerKV(keys, values), slots
-        )
-        return query, keys, values
+        query = native(dtype).rotate(random(97, 512, dtype=dtype), *positions(97, 64, dtype), kv, slots)
+        return query, kv.keys, kv.values
 
     def add_norm() -> tuple[Tensor, ...]:
         x, update, weight = random(50, 999, dtype=dtype), random(50, 999, seed=1, dtype=dtype), random(999, dtype=dtype)

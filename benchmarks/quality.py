@@ -1,6 +1,7 @@
 """What rounding costs: perplexity, and every library adapter's figures, for other number types of the same model.
 
-Sides are DTYPE[/WEIGHTS]: `bfloat16/int8` has eight-bit weights. All sides get the same rows; figures are compared
+Sides are DTYPE[/WEIGHTS[/KV]], with - for what is not rounded: `bfloat16/int8` has eight-bit weights, `bfloat16/-/int8`
+eight-bit keys and values. All sides get the same rows; figures are compared
 with the first side's, paired, by bootstrap over the rows.
 """
 
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import interval, machine, write
+from midstream.config import EngineConfig
 from midstream.evaluation.metrics import difference, figures, measures
 from midstream.evaluation.predict import Prediction, by_adapter, predict
 from midstream.evaluation.rows import EvalData, EvalRows, load_rows
@@ -44,15 +46,19 @@ class Side:
     """One way to hold the model's numbers."""
 
     dtype: str
-    weights: str | None
+    weights: str | None = None
+    kv: str | None = None
 
     @classmethod
     def of(cls, text: str) -> Side:
-        dtype, _, weights = text.partition("/")
-        return cls(dtype, weights or None)
+        dtype, *others = text.split("/")
+        return cls(dtype, *(None if each == "-" else each for each in others))
 
     def __str__(self) -> str:
-        return f"{self.dtype}/{self.weights}" if self.weights else self.dtype
+        parts = [self.dtype, self.weights or "-", self.kv or "-"]
+        while parts[-1] == "-":
+            parts.pop()
+        return "/".join(parts)
 
 
 def main() -> None:
@@ -69,7 +75,8 @@ def main() -> None:
     lost: dict[Side, list[list[float]]] = {}
     answers: dict[Side, dict[str, list[Prediction]]] = {}
     for side in sides:
-        with Engine.load(dtype=side.dtype, weights=side.weights) as engine:
+        config = EngineConfig.model_validate({"kv_dtype": side.kv})
+        with Engine.load(config=config, dtype=side.dtype, weights=side.weights) as engine:
             engine.load_library()
             rows = rows or rows_of(engine, arguments)
             lost[side] = [surprise(engine, text) for text in texts]

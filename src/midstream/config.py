@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
+KVDtype = Literal["int8"]
 Key = Annotated[SecretStr, Field(min_length=1)]
 
 
@@ -14,14 +15,16 @@ class EngineConfig(BaseModel):
     """How much memory and how many tokens the engine may use.
 
     `kv_budget_bytes` is the size of the KV pool; None takes 512 MiB or one full context, whichever is larger, and at
-    most a quarter of the free memory. A long prefill is cut into chunks that take some `prefill_step_s`, so that
-    nobody who comes meanwhile waits longer; `max_step_tokens` bounds the tokens of one forward.
-    `max_running_sequences` counts branches: a request with n = 4 has four.
+    most a quarter of the free memory. `kv_dtype` "int8" rounds keys and values to eight bits, so that it holds nearly
+    twice as many tokens as of bfloat16; None keeps them as the model computes them. A long prefill is cut into chunks
+    that take some `prefill_step_s`, so that nobody who comes meanwhile waits longer; `max_step_tokens` bounds the
+    tokens of one forward. `max_running_sequences` counts branches: a request with n = 4 has four.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kv_budget_bytes: int | None = Field(default=None, gt=0)
+    kv_dtype: KVDtype | None = None
     max_context_tokens: int | None = Field(default=None, gt=0)
     max_step_tokens: int = Field(default=512, ge=1)
     prefill_step_s: float = Field(default=0.1, gt=0.0)
@@ -57,6 +60,9 @@ class ServerConfig(BaseModel):
     device: str | None = Field(default=None, description="cpu or cuda; default: cuda where there is one.")
     kv_mib: int | None = Field(
         default=None, gt=0, description="Memory of the KV cache in MiB; default: one context, at least 512."
+    )
+    kv: KVDtype | None = Field(
+        default=None, description="int8: keys and values rounded to eight bits; default: as the model computes them."
     )
     max_context_tokens: int | None = Field(
         default=None, gt=0, description="Longest prompt with its answer; default: the model's."
@@ -123,6 +129,7 @@ class ServerConfig(BaseModel):
         """The engine's part of it."""
         return EngineConfig(
             kv_budget_bytes=None if self.kv_mib is None else self.kv_mib * 1024**2,
+            kv_dtype=self.kv,
             max_context_tokens=self.max_context_tokens,
             max_queued_requests=self.max_queued,
         )

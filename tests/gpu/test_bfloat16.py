@@ -15,6 +15,7 @@ from midstream.models.attention_plan import AttentionPlan, Range, RowSegment
 from midstream.models.cuda.graphs import GraphForward, GraphRecorder
 from midstream.models.cuda.kernels import cuda_kernels
 from midstream.models.forward import Batch
+from midstream.models.kv import LayerKV
 from midstream.models.load import prepare
 from midstream.models.pool import KVPool
 from tests.gpu.device import ON_A_CARD, relative_error
@@ -73,7 +74,7 @@ def test_attention_of_long_contexts(rows: int, dtype: torch.dtype) -> None:
     own = (Range(prefix, 1, prefix),) if rows == 1 else ()
     segment = RowSegment(0, rows, prefix, prefix, (Range(0, 40_000, 0), Range(40_000, prefix - 40_000, 40_000), *own))
     plan = AttentionPlan((segment,), dtype, device, rows)
-    found = attend(query, keys, values, plan, cuda_kernels(dtype, device), dim**-0.5, None)
+    found = attend(query, LayerKV(keys, values), plan, cuda_kernels(dtype, device), dim**-0.5, None)
     for row in {0, rows // 2, rows - 1}:
         seen = prefix + row + 1
         k, v = (numbers[:, :seen].float().repeat_interleave(heads // kv_heads, 0) for numbers in (keys, values))

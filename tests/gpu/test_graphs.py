@@ -52,7 +52,7 @@ def test_buckets_in_turn_do_not_disturb_each_other(pair: Pair) -> None:
 def test_padding_writes_to_the_spare_slot_alone(pair: Pair) -> None:
     for shift in (0, 3, 6):
         pair.both(decodes(3, shift=shift))
-    for numbers in (*pair.pools[0].keys, *pair.pools[0].values):
+    for numbers in (each for kv in pair.pools[0].layers for each in (kv.keys, kv.values)):
         untouched = [slot for slot in range(SLOTS) if slot >= PREFIX + 10 and not 100 <= slot < 109]
         assert (numbers[:, untouched] == 7.0).all()
 
@@ -69,4 +69,4 @@ def test_one_recording_serves_any_adapters_of_its_rank(pair: Pair, model: Any, t
 def test_a_model_on_a_card_gets_recorded_steps_and_a_spare_slot(pair: Pair) -> None:
     forward = pick_forward(pair.loaded, 10)
     assert type(forward).__name__ == "GraphForward"
-    assert forward._pool.keys[0].shape[1] == 11  # type: ignore[attr-defined]
+    assert forward._pool.layers[0].keys.shape[1] == 11  # type: ignore[attr-defined]

@@ -14,6 +14,7 @@ from midstream.models.attention import attend_by_definition
 from midstream.models.attention_plan import Rows
 from midstream.models.extents import ExtentCall
 from midstream.models.kernels import Kernels, TorchKernels
+from midstream.models.kv import KVKind, LayerKV, rounded
 from midstream.models.load import LoadedModel
 from midstream.models.native.kernels import NativeKernels, pick_kernels
 from midstream.models.native.pack import depth_step
@@ -25,6 +26,7 @@ needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="needs a C++ compiler: one of g++, clang++, c++"
 )
 DTYPES = (torch.float32, torch.bfloat16)
+KV_KINDS: tuple[KVKind | None, ...] = (None, "int8")
 # The kernels that a model may run on, whatever this machine's processor: torch's; the compiled ones layer by layer, as
 # where registers are narrow; all layers in one call.
 KERNELS = [
@@ -104,30 +106,47 @@ class PlainKernels(TorchKernels):
     def supports(self, dim: int) -> bool:
         return True
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor, call: ExtentCall, scale: float) -> Tensor:
+    def attend(self, query: Tensor, kv: LayerKV, call: ExtentCall, scale: float) -> Tensor:
         """Rows that are not in the call get nought."""
         heads, rows, dim = query.shape
-        group = heads // keys.shape[0]
+        group = heads // kv.keys.shape[0]
         out = query.new_zeros(rows, heads, dim)
         for row in rows_in(call):
-            slots = seen_by(call, row)
-            k, v = (tensor[:, slots].repeat_interleave(group, 0) for tensor in (keys, values))
+            found = kv.read(torch.tensor(seen_by(call, row)), query.dtype)
+            k, v = (tensor.repeat_interleave(group, 0) for tensor in found)
             out[row] = attend_by_definition(query[:, row : row + 1], k, v, None, False, scale)[0][:, 0]
         return out
 
 
-def assert_attends(found: Tensor, query: Tensor, keys: Tensor, values: Tensor, call: ExtentCall, scale: float) -> None:
+def plain(kv: LayerKV) -> LayerKV:
+    """The same as numbers of float32."""
+    keys, values = kv.read(slice(None), torch.float32)
+    return LayerKV(keys.float(), values.float())
+
+
+def held(keys: Tensor, values: Tensor, kind: KVKind | None) -> LayerKV:
+    """As a pool of that kind holds them; a slot of NaN becomes one of large numbers that are worth NaN."""
+    if kind is None:
+        return LayerKV(keys, values)
+    numbers, scales = zip(*map(rounded, (keys, values)), strict=True)
+    for whole, worth in zip(numbers, scales, strict=True):
+        whole[worth.isnan()] = 127
+    return LayerKV(*numbers, *scales)
+
+
+def assert_attends(found: Tensor, query: Tensor, kv: LayerKV, call: ExtentCall, scale: float) -> None:
     """`found` is the attention of the call's rows but for float32's errors; in bfloat16, for two roundings more.
 
     Of the result, and of each weight: half of the last of 8 bits.
     """
-    rows, plain = rows_in(call), PlainKernels()
-    arguments = (query.float(), keys.float())
-    expected = plain.attend(*arguments, values.float(), call, scale)[rows]
+    rows, kernels = rows_in(call), PlainKernels()
+    keys, values, *_ = plain(kv)
+    expected = kernels.attend(query.float(), LayerKV(keys, values), call, scale)[rows]
     error = (found[rows].float() - expected).abs()
     bound = 1e-5 + 1e-5 * expected.abs()
     if found.dtype == torch.bfloat16:
-        bound += 2.0**-8 * (expected.abs() + plain.attend(*arguments, values.float().abs(), call, scale)[rows])
+        sizes = kernels.attend(query.float(), LayerKV(keys, values.abs()), call, scale)[rows]
+        bound += 2.0**-8 * (expected.abs() + sizes)
     assert found.shape == (query.shape[1], query.shape[0], query.shape[2])
     assert bool((error <= bound).all()), f"an error of {float((error / bound).max())} times the bound"
 

@@ -12,11 +12,11 @@ from midstream.types import Request, SamplingParams
 from tests.reference import logits
 
 
-async def check(model: Any, loaded: LoadedModel, step_tokens: int = 512) -> None:
+async def check(model: Any, loaded: LoadedModel, step_tokens: int = 512, **config: Any) -> None:
     """Prefill, reuse, branches and decode, each token's logits."""
     prefix = tuple((13 * i + 5) % 310 + 4 for i in range(70))
     branches = [prefix + tuple(range(k, k + 4 + k // 20)) for k in (20, 60, 200)]
-    engine = AsyncEngine(loaded, EngineConfig(kv_budget_bytes=4 * 1024**2, max_step_tokens=step_tokens))
+    engine = AsyncEngine(loaded, EngineConfig(kv_budget_bytes=4 * 1024**2, max_step_tokens=step_tokens, **config))
     try:
         await engine.warm(prefix)
         params = SamplingParams(max_tokens=8, ignore_eos=True, logprobs=True, top_logprobs=5)

@@ -14,6 +14,7 @@ from midstream.models.attention import attend
 from midstream.models.attention_plan import AttentionPlan, Range, RowSegment, rows_of
 from midstream.models.extents import ExtentBuilder, ExtentCall, Span
 from midstream.models.kernels import Kernels, TorchKernels
+from midstream.models.kv import LayerKV
 from tests.models.native import PlainKernels, native, needs_compiler, numbers, random, rows_in, seen_by
 
 CPU = torch.device("cpu")
@@ -112,9 +113,9 @@ def test_any_tree_of_segments(name: str, window: int | None, scene: Scene, heads
     one = AttentionPlan(scene.segments, torch.float32, CPU, scene.num_rows, extents=True)
     none = AttentionPlan(scene.segments, torch.float32, CPU, scene.num_rows)
     expected = dense(query, keys, values, scene, 0.2, window)
-    found = attend(query, keys, values, one, kernels_named(name), 0.2, window)
+    found = attend(query, LayerKV(keys, values), one, kernels_named(name), 0.2, window)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
-    by_torch = attend(query, keys, values, none, TorchKernels(), 0.2, window)
+    by_torch = attend(query, LayerKV(keys, values), none, TorchKernels(), 0.2, window)
     torch.testing.assert_close(found, by_torch, rtol=1e-5, atol=1e-5)
     call = one.extent_call(window)
     assert rows_in(call) == list(range(scene.num_rows))

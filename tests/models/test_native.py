@@ -13,7 +13,18 @@ from torch.nn import functional as F
 
 from midstream.models.extents import ExtentBuilder, ExtentCall
 from midstream.models.kernels import TorchKernels
-from tests.models.native import DTYPES, PlainKernels, assert_attends, assert_follows, native, needs_compiler, random
+from midstream.models.kv import KVKind, LayerKV
+from tests.models.native import (
+    DTYPES,
+    KV_KINDS,
+    PlainKernels,
+    assert_attends,
+    assert_follows,
+    held,
+    native,
+    needs_compiler,
+    random,
+)
 
 pytestmark = [needs_compiler, pytest.mark.usefixtures("no_gradients")]
 ODD_WIDTHS = (1, 8, 15, 16, 17, 33, 64, 100)
@@ -92,9 +103,10 @@ def test_rotate_fills_scattered_slots_and_no_others(
     cosine, sine = positions(rows, dim, dtype)
     keys, values = (random(kv_heads, num_slots, dim, seed=i, dtype=dtype) for i in (1, 2))
     expected_keys, expected_values = keys.float(), values.float()
-    expected = TorchKernels().rotate(qkv.float(), cosine.float(), sine.float(), expected_keys, expected_values, slots)
+    expected_kv = LayerKV(expected_keys, expected_values)
+    expected = TorchKernels().rotate(qkv.float(), cosine.float(), sine.float(), expected_kv, slots)
     old_keys, old_values = keys.clone(), values.clone()
-    query = native(dtype).rotate(qkv, cosine, sine, keys, values, slots)
+    query = native(dtype).rotate(qkv, cosine, sine, LayerKV(keys, values), slots)
     assert query.is_contiguous()
     assert_follows(query, expected)
     assert_follows(keys, expected_keys)
@@ -107,9 +119,9 @@ def test_rotate_fills_scattered_slots_and_no_others(
 def test_rotate_leaves_other_head_sizes_to_torch() -> None:
     results = []
     for kernels in (native(), TorchKernels()):
-        keys, values = torch.zeros(2, 9, 8), torch.zeros(2, 9, 8)
-        turned = kernels.rotate(random(3, 64), *positions(3, 8, torch.float32), keys, values, torch.tensor([8, 0, 3]))
-        results.append((turned, keys, values))
+        kv = LayerKV(torch.zeros(2, 9, 8), torch.zeros(2, 9, 8))
+        turned = kernels.rotate(random(3, 64), *positions(3, 8, torch.float32), kv, torch.tensor([8, 0, 3]))
+        results.append((turned, kv.keys, kv.values))
     for found, expected in zip(*results, strict=True):
         assert torch.equal(found, expected)
 
@@ -143,7 +155,15 @@ def test_gates_far_from_zero(width: int, dtype: torch.dtype) -> None:
 
 
 def check_attention(
-    call: ExtentCall, *, heads: int, kv_heads: int, dim: int, num_slots: int, rows: int, dtype: torch.dtype
+    call: ExtentCall,
+    *,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    num_slots: int,
+    rows: int,
+    dtype: torch.dtype,
+    kind: KVKind | None = None,
 ) -> None:
     """Slots that nobody sees hold NaN: it shows where one is read."""
     query = random(heads, rows, dim, dtype=dtype)
@@ -152,19 +172,21 @@ def check_attention(
     unseen = [slot for slot in range(num_slots) if slot not in seen]
     keys[:, unseen] = values[:, unseen] = float("nan")
     scale = dim**-0.5
-    found = native(dtype).attend(query, keys, values, call, scale)
+    kv = held(keys, values, kind)
+    found = native(dtype).attend(query, kv, call, scale)
     assert found.dtype == dtype
-    assert_attends(found, query, keys, values, call, scale)
+    assert_attends(found, query, kv, call, scale)
     # As transformers' own layers give it; and a second layer of the same step.
     transposed = query.transpose(0, 1).contiguous().transpose(0, 1)
-    again = native(dtype).attend(transposed, keys, values, call, scale)
+    again = native(dtype).attend(transposed, kv, call, scale)
     assert torch.equal(again[call.merge_rows], found[call.merge_rows])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KV_KINDS)
 @pytest.mark.parametrize("dim", [32, 64, 96, 128, 256])
 @pytest.mark.parametrize("group", range(1, 9))
-def test_attention_of_all_head_sizes_and_groups(group: int, dim: int, dtype: torch.dtype) -> None:
+def test_attention_of_all_head_sizes_and_groups(group: int, dim: int, kind: KVKind | None, dtype: torch.dtype) -> None:
     few = ExtentBuilder()
     few.add(400, 255, [0])
     few.add(3, 1, [2, 0])
@@ -172,7 +194,7 @@ def test_attention_of_all_head_sizes_and_groups(group: int, dim: int, dtype: tor
     few.add(60, 4, [1, 2, 3, 4], causal=True)
     few.add(100, 257, [6, 0, 1])
     few.add(66, 1, [9])
-    check_attention(few.call(), heads=2 * group, kv_heads=2, dim=dim, num_slots=800, rows=10, dtype=dtype)
+    check_attention(few.call(), heads=2 * group, kv_heads=2, dim=dim, num_slots=800, rows=10, dtype=dtype, kind=kind)
 
 
 @pytest.mark.parametrize("rows", range(1, 33))
@@ -217,13 +239,14 @@ def layouts(draw: st.DrawFn) -> tuple[ExtentCall, int, int]:
     return call, at, rows
 
 
-@given(layouts(), st.sampled_from([(1, 1), (3, 3), (6, 2), (8, 1)]), st.sampled_from(DTYPES))
-@settings(max_examples=60, deadline=None, derandomize=True)
+@given(layouts(), st.sampled_from([(1, 1), (3, 3), (6, 2), (8, 1)]), st.sampled_from(DTYPES), st.sampled_from(KV_KINDS))
+@settings(max_examples=90, deadline=None, derandomize=True)
 def test_attention_of_any_layout(
-    layout: tuple[ExtentCall, int, int], heads: tuple[int, int], dtype: torch.dtype
+    layout: tuple[ExtentCall, int, int], heads: tuple[int, int], dtype: torch.dtype, kind: KVKind | None
 ) -> None:
     call, num_slots, rows = layout
-    check_attention(call, heads=heads[0], kv_heads=heads[1], dim=32, num_slots=num_slots, rows=rows, dtype=dtype)
+    sizes = {"heads": heads[0], "kv_heads": heads[1], "dim": 32, "num_slots": num_slots, "rows": rows}
+    check_attention(call, **sizes, dtype=dtype, kind=kind)
 
 
 @pytest.mark.parametrize("size", [0.0, 30.0, 2000.0])
@@ -235,8 +258,8 @@ def test_scores_far_apart(size: float) -> None:
     call = few.call()
     query, values = torch.ones(1, 2, 32), random(1, 700, 32)
     keys = torch.linspace(-1, 1, 700)[:, None].expand(1, 700, 32).contiguous() * size
-    found = native().attend(query, keys, values, call, 1 / 32)
-    expected = PlainKernels().attend(query.double(), keys.double(), values.double(), call, 1 / 32)
+    found = native().attend(query, LayerKV(keys, values), call, 1 / 32)
+    expected = PlainKernels().attend(query.double(), LayerKV(keys.double(), values.double()), call, 1 / 32)
     assert_follows(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -246,7 +269,7 @@ def test_heads_of_other_sizes_have_no_kernel() -> None:
     call = few.call()
     assert not native().supports(48)
     with pytest.raises(RuntimeError, match="heads of 48"):
-        native().attend(torch.ones(1, 1, 48), torch.ones(1, 3, 48), torch.ones(1, 3, 48), call, 1.0)
+        native().attend(torch.ones(1, 1, 48), LayerKV(torch.ones(1, 3, 48), torch.ones(1, 3, 48)), call, 1.0)
 
 
 # ---------------------------------------------------------------------- all of them
@@ -260,10 +283,10 @@ def kernel_calls(dtype: torch.dtype) -> dict[str, Callable[[], tuple[Tensor, ...
     call = few.call()
 
     def rotate() -> tuple[Tensor, ...]:
-        keys, values = torch.zeros(2, 99, 64, dtype=dtype), torch.zeros(2, 99, 64, dtype=dtype)
+        kv = LayerKV(torch.zeros(2, 99, 64, dtype=dtype), torch.zeros(2, 99, 64, dtype=dtype))
         slots = torch.arange(98, 1, -1)
-        query = native(dtype).rotate(random(97, 512, dtype=dtype), *positions(97, 64, dtype), keys, values, slots)
-        return query, keys, values
+        query = native(dtype).rotate(random(97, 512, dtype=dtype), *positions(97, 64, dtype), kv, slots)
+        return query, kv.keys, kv.values
 
     def add_norm() -> tuple[Tensor, ...]:
         x, update, weight = random(50, 999, dtype=dtype), random(50, 999, seed=1, dtype=dtype), random(999, dtype=dtype)
@@ -271,7 +294,7 @@ def kernel_calls(dtype: torch.dtype) -> dict[str, Callable[[], tuple[Tensor, ...
 
     def attend() -> tuple[Tensor, ...]:
         keys, values = (random(2, 1008, 64, seed=i, dtype=dtype) for i in (1, 2))
-        return (native(dtype).attend(random(4, 8, 64, dtype=dtype), keys, values, call, 0.1),)
+        return (native(dtype).attend(random(4, 8, 64, dtype=dtype), LayerKV(keys, values), call, 0.1),)
 
     return {
         "rotate": rotate,
@@ -309,6 +332,6 @@ def test_nan_stays_in_its_row_and_harms_nothing(dtype: torch.dtype) -> None:
     for place in range(0, 300, 37):
         keys, values = (random(1, 303, 32, seed=i, dtype=dtype) for i in (1, 2))
         keys[0, place, 3] = float("nan")
-        found = kernels.attend(random(2, 3, 32, dtype=dtype), keys, values, call, 1.0)
+        found = kernels.attend(random(2, 3, 32, dtype=dtype), LayerKV(keys, values), call, 1.0)
         assert found[:2].isnan().all()
         assert found[2].isfinite().all()

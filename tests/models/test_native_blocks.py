@@ -13,9 +13,20 @@ from torch import Tensor
 from midstream.models.attention import attend
 from midstream.models.attention_plan import AttentionPlan, Range, RowSegment
 from midstream.models.extents import ExtentBuilder, ExtentCall, Span
+from midstream.models.kv import KVKind, LayerKV
 from midstream.models.native import build
 from midstream.models.native.kernels import NativeKernels
-from tests.models.native import DTYPES, assert_attends, native, needs_compiler, random, rows_in, seen_by
+from tests.models.native import (
+    DTYPES,
+    KV_KINDS,
+    assert_attends,
+    held,
+    native,
+    needs_compiler,
+    random,
+    rows_in,
+    seen_by,
+)
 
 pytestmark = [needs_compiler, pytest.mark.usefixtures("no_gradients")]
 CPU = torch.device("cpu")
@@ -37,6 +48,7 @@ def check(
     dtype: torch.dtype,
     rows: int,
     kernels: NativeKernels | None = None,
+    kind: KVKind | None = None,
 ) -> None:
     """Slots that nobody sees hold NaN: it shows where one is read.
 
@@ -48,30 +60,34 @@ def check(
     keys, values = torch.full((2, kv_heads, seen[-1] + 3, dim), float("nan"), dtype=dtype)
     for tensor, seed in ((keys, 1), (values, 2)):
         tensor[:, seen] = random(kv_heads, len(seen), dim, seed=seed, dtype=dtype)
-    found = (kernels or native(dtype)).attend(query, keys, values, call, dim**-0.5)
+    kv = held(keys, values, kind)
+    found = (kernels or native(dtype)).attend(query, kv, call, dim**-0.5)
     assert found.dtype == dtype
-    assert_attends(found, query, keys, values, call, dim**-0.5)
+    assert_attends(found, query, kv, call, dim**-0.5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KV_KINDS)
 @pytest.mark.parametrize("dim", [32, 64, 96, 128, 256])
 @pytest.mark.parametrize("group", range(1, 10))
-def test_all_head_sizes_and_groups(group: int, dim: int, dtype: torch.dtype) -> None:
+def test_all_head_sizes_and_groups(group: int, dim: int, kind: KVKind | None, dtype: torch.dtype) -> None:
     builder = ExtentBuilder()
     builder.add_block(0, 70, 130, [Span(400, 97, 0), Span(3, 33, 97), Span(50, 70, 130)])
     builder.add_block(71, 5, 40, [Span(400, 40, 0), Span(200, 5, 40)])
     builder.add_block(76, 1, 0, [Span(300, 1, 0)])
     builder.add(60, 20, [70])
-    check(builder.call(), heads=2 * group, kv_heads=2, dim=dim, dtype=dtype, rows=77)
+    check(builder.call(), heads=2 * group, kv_heads=2, dim=dim, dtype=dtype, rows=77, kind=kind)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("rows", [1, 3, 12, 13, 31, 64, 65, 193])
 def test_ragged_lengths(rows: int, length: int, dtype: torch.dtype) -> None:
+    """In eight bits as well."""
     builder = ExtentBuilder()
     builder.add_block(0, rows, length, [Span(2, length, 0), Span(700, rows, length)])
-    check(builder.call(), heads=3, kv_heads=1, dim=32, dtype=dtype, rows=rows)
+    for kind in KV_KINDS:
+        check(builder.call(), heads=3, kv_heads=1, dim=32, dtype=dtype, rows=rows, kind=kind)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -83,12 +99,13 @@ def test_rows_that_see_but_themselves(rows: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KV_KINDS)
 @pytest.mark.parametrize("dim", [32, 256])
 @pytest.mark.parametrize("window", [1, 2, 17, 64, 128, 129, 300, 800])
-def test_windows(window: int, dim: int, dtype: torch.dtype) -> None:
+def test_windows(window: int, dim: int, kind: KVKind | None, dtype: torch.dtype) -> None:
     builder = ExtentBuilder(window)
     builder.add_block(0, 150, 600, [Span(0, 301, 0), Span(400, 299, 301), Span(800, 150, 600)])
-    check(builder.call(), heads=3, kv_heads=1, dim=dim, dtype=dtype, rows=150)
+    check(builder.call(), heads=3, kv_heads=1, dim=dim, dtype=dtype, rows=150, kind=kind)
 
 
 @pytest.fixture(scope="module", params=["-march=x86-64", "-march=x86-64-v3"])
@@ -116,7 +133,9 @@ def test_on_processors_with_narrower_registers(narrow: NativeKernels, dim: int, 
         builder.add(400, 97, range(50, 57))
         builder.add(200, 5, range(50, 55), causal=True)
         builder.add(600, 70, [57])
-        check(builder.call(), heads=2 * group, kv_heads=2, dim=dim, dtype=dtype, rows=58, kernels=narrow)
+        for kind in KV_KINDS:
+            sizes = {"heads": 2 * group, "kv_heads": 2, "dim": dim, "rows": 58}
+            check(builder.call(), **sizes, dtype=dtype, kernels=narrow, kind=kind)
 
 
 # ---------------------------------------------------------------------- what a row's result depends on
@@ -124,7 +143,7 @@ def test_on_processors_with_narrower_registers(narrow: NativeKernels, dim: int, 
 
 def attended(segments: Sequence[RowSegment], query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     plan = AttentionPlan(tuple(segments), query.dtype, CPU, query.shape[1], extents=True)
-    return attend(query, keys, values, plan, native(query.dtype), 0.2, None)
+    return attend(query, LayerKV(keys, values), plan, native(query.dtype), 0.2, None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -175,7 +194,7 @@ def test_any_number_of_threads_gives_the_same_numbers(dtype: torch.dtype) -> Non
         found = []
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            found.append(native(dtype).attend(query, keys, values, call, 0.2))
+            found.append(native(dtype).attend(query, LayerKV(keys, values), call, 0.2))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*found)
@@ -192,7 +211,7 @@ def test_scores_far_apart(size: float) -> None:
     call = builder.call()
     query, values = torch.ones(1, 100, 32), random(1, 700, 32)
     keys = torch.linspace(-1, 1, 700)[:, None].expand(1, 700, 32).contiguous() * size
-    found = native().attend(query, keys, values, call, 1 / 32)
+    found = native().attend(query, LayerKV(keys, values), call, 1 / 32)
     scores = (query.double() @ keys.double().transpose(1, 2) / 32)[0]
     hidden = torch.ones(100, 700, dtype=torch.bool).triu(601)
     expected = scores.masked_fill(hidden, float("-inf")).softmax(-1) @ values[0].double()
@@ -206,7 +225,7 @@ def test_a_nan_harms_the_rows_that_see_it(place: int, dtype: torch.dtype) -> Non
     builder.add_block(0, 100, 300, [Span(0, 400, 0)])
     keys, values = (random(1, 400, 32, seed=i, dtype=dtype) for i in (1, 2))
     keys[0, place, 3] = float("nan")
-    found = native(dtype).attend(random(2, 100, 32, dtype=dtype), keys, values, builder.call(), 1.0)
+    found = native(dtype).attend(random(2, 100, 32, dtype=dtype), LayerKV(keys, values), builder.call(), 1.0)
     seeing = max(0, place - 300)
     assert found[seeing:].isnan().all()
     assert found[:seeing].isfinite().all()

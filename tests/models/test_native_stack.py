@@ -97,16 +97,20 @@ def pool_of(model: Stacked, seed: int) -> KVPool:
     """With KV in the prefix, and NaN where nobody may look."""
     loaded = model.loaded
     pool = KVPool(loaded.kv_shapes, SLOTS, loaded.dtype, loaded.device)
-    for i, tensor in enumerate((*pool.keys, *pool.values)):
+    for i, tensor in enumerate(tensors(pool)):
         tensor.fill_(float("nan"))
         place = slice(PREFIX.start, PREFIX.start + PREFIX.length)
         tensor[:, place] = random(*tensor[:, place].shape, seed=100 * seed + i, dtype=tensor.dtype)
     return pool
 
 
+def tensors(pool: KVPool) -> list[Tensor]:
+    return [tensor for kv in pool.layers for tensor in kv if tensor is not None]
+
+
 def copied(pool: KVPool, model: Stacked) -> KVPool:
     other = KVPool(model.loaded.kv_shapes, SLOTS, model.loaded.dtype, model.loaded.device)
-    for to, source in zip((*other.keys, *other.values), (*pool.keys, *pool.values), strict=True):
+    for to, source in zip(tensors(other), tensors(pool), strict=True):
         to.copy_(source)
     return other
 
@@ -185,7 +189,7 @@ def check(model: Stacked, scene: Scene, *, seed: int = 0, before: KVPool | None 
     found, expected = in_one_call(model, step, pool), one_after_another(model, step, other)
     assert bool(expected.isfinite().all())
     assert_close(found, expected)
-    for mine, theirs in zip((*pool.keys, *pool.values), (*other.keys, *other.values), strict=True):
+    for mine, theirs in zip(tensors(pool), tensors(other), strict=True):
         assert_close(mine, theirs)
     return pool
 
@@ -244,7 +248,7 @@ def test_two_threads_give_the_same_numbers(dtype: torch.dtype) -> None:
     for count in (2, 1):
         with threads(count):
             pool = pool_of(model, 0)
-            results.append((in_one_call(model, step_of(model, scene), pool), *pool.keys, *pool.values))
+            results.append((in_one_call(model, step_of(model, scene), pool), *tensors(pool)))
     for found, expected in zip(*results, strict=True):
         assert torch.equal(found.nan_to_num(), expected.nan_to_num())
 
@@ -294,12 +298,12 @@ def check_refused(model: Stacked, step: Step) -> None:
     assert not model.stack._run(x[0], positions, plan, model.loaded.deltas)
     assert torch.equal(x[0], before)
     expected = one_after_another(model, step, untouched)
-    for mine, theirs in zip(pool.keys, untouched.keys, strict=True):
+    for mine, theirs in zip(tensors(pool), tensors(untouched), strict=True):
         assert int(mine.isnan().sum()) > int(theirs.isnan().sum())
     found = model.stack(x, position_embeddings=step.positions, midstream_plan=plan)
     assert found is x
     assert torch.equal(found[0], expected)
-    for mine, theirs in zip((*pool.keys, *pool.values), (*untouched.keys, *untouched.values), strict=True):
+    for mine, theirs in zip(tensors(pool), tensors(untouched), strict=True):
         assert torch.equal(mine.nan_to_num(), theirs.nan_to_num())
 
 

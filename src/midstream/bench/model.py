@@ -24,6 +24,7 @@ class ModelFacts:
     name: str
     dtype: torch.dtype
     weights: str
+    kv: str
     device: torch.device
     linear_shapes: Mapping[str, tuple[int, int]]
     weight_bytes: int
@@ -32,7 +33,7 @@ class ModelFacts:
 
     @classmethod
     def of(cls, engine: Engine) -> ModelFacts:
-        loaded = engine.aio._loaded
+        loaded, kv_dtype = engine.aio._loaded, engine.aio._kv_dtype
         config: Any = getattr(loaded.model, "config", None)
         config = config.get_text_config()
         linear = sum(rows * columns for rows, columns in loaded.linear_shapes.values())
@@ -41,10 +42,11 @@ class ModelFacts:
             name=loaded.name,
             dtype=loaded.dtype,
             weights=loaded.weights or str(loaded.dtype).removeprefix("torch."),
+            kv=kv_dtype or str(loaded.dtype).removeprefix("torch."),
             device=loaded.device,
             linear_shapes=loaded.linear_shapes,
             weight_bytes=(linear + head) * (1 if loaded.weights == "int8" else loaded.dtype.itemsize),
-            layer_bytes=[KVPool.bytes_per_slot([shape], loaded.dtype) for shape in loaded.kv_shapes],
+            layer_bytes=[KVPool.bytes_per_slot([shape], loaded.dtype, kv_dtype) for shape in loaded.kv_shapes],
             windows=_windows(config, len(loaded.kv_shapes)),
         )
 

@@ -59,6 +59,7 @@ class Run:
                 "name": facts.name,
                 "dtype": facts.dtype_name,
                 "weights": facts.weights,
+                "kv": facts.kv,
                 "device": str(facts.device),
             },
             machine=machine(facts.device, facts.dtype),

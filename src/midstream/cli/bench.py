@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from midstream.bench.contexts import SHORTEST
-from midstream.cli.common import Dtype, Model, Weights, show_progress
+from midstream.cli.common import KV, Dtype, Model, Weights, show_progress
 from midstream.config import EngineConfig
 from midstream.errors import InputError
 from midstream.models.source import DEFAULT_MODEL
@@ -34,6 +34,7 @@ def bench(
     ] = None,
     dtype: Dtype = None,
     weights: Weights = None,
+    kv: KV = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
     kv_mib: Annotated[
         int | None, typer.Option(help="Memory of the KV cache in MiB; default: one context, at least 512.", min=1)
@@ -51,8 +52,9 @@ def bench(
     from midstream.bench.machine import load_average
     from midstream.bench.run import Run
 
+    config = EngineConfig(kv_budget_bytes=None if kv_mib is None else kv_mib * 1024**2, kv_dtype=kv)
     load_before = load_average()
-    with _engine(model, dtype, weights, device, kv_mib) as engine:
+    with _engine(model, config, dtype=dtype, weights=weights, device=device) as engine:
         run = Run(engine, lengths, rounds, rank=rank, load_before=load_before)
         try:
             _measure(run)
@@ -98,13 +100,9 @@ def _check_writable(file: Path, option: str) -> None:
 
 
 @contextmanager
-def _engine(
-    model: str, dtype: str | None, weights: str | None, device: str | None, kv_mib: int | None
-) -> Iterator[Engine]:
+def _engine(model: str, config: EngineConfig, **loading: str | None) -> Iterator[Engine]:
     from midstream.session import Engine
 
-    config = EngineConfig(kv_budget_bytes=None if kv_mib is None else kv_mib * 1024**2)
-    loading = {"dtype": dtype, "weights": weights, "device": device}
     with Engine.load(model, config=config, **loading, progress=show_progress(False)) as engine:
         yield engine
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from pydantic import ValidationError
 
+from midstream.config import EngineConfig, KVDtype
 from midstream.errors import InputError
 from midstream.types import Chat
 
@@ -27,6 +28,9 @@ Dtype = Annotated[
 Weights = Annotated[
     str | None, typer.Option(help="int8: the model's weights rounded to eight bits; default: as they are.")
 ]
+KV = Annotated[
+    KVDtype | None, typer.Option("--kv", help="int8: keys and values rounded to eight bits; default: as computed.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
@@ -36,6 +40,7 @@ def open_engine(
     dtype: str | None,
     *,
     weights: str | None = None,
+    config: EngineConfig | None = None,
     progress: bool,
     library: bool = True,
 ) -> Engine:
@@ -43,7 +48,7 @@ def open_engine(
     # torch and transformers take seconds to import; verbs that do not need them start at once.
     from midstream.session import Engine
 
-    engine = Engine.load(model, dtype=dtype, weights=weights, progress=progress)
+    engine = Engine.load(model, config=config, dtype=dtype, weights=weights, progress=progress)
     try:
         if library:
             engine.load_library()

@@ -11,7 +11,8 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from midstream.cli.common import Adapters, Dtype, Json, Model, Weights, open_engine, print_json, show_progress
+from midstream.cli.common import KV, Adapters, Dtype, Json, Model, Weights, open_engine, print_json, show_progress
+from midstream.config import EngineConfig
 from midstream.errors import InputError
 from midstream.models.source import DEFAULT_MODEL
 
@@ -39,6 +40,7 @@ def evaluate(
     seed: int = 0,
     dtype: Dtype = None,
     weights: Weights = None,
+    kv: KV = None,
     png: Annotated[Path | None, typer.Option(help="Write ROC and reliability curves.")] = None,
     card: Annotated[str | None, typer.Option(help="Put the figures into the adapter's card, under this title.")] = None,
     as_json: Json = False,
@@ -64,7 +66,8 @@ def evaluate(
         wrong_documents,
         seed,
     )
-    with open_engine(model, adapters, dtype, weights=weights, progress=show_progress(as_json)) as engine:
+    config, progress = EngineConfig(kv_dtype=kv), show_progress(as_json)
+    with open_engine(model, adapters, dtype, weights=weights, config=config, progress=progress) as engine:
         arms = _arms(engine, name, compare or [])
         main = next(iter(arms.values()))
         if card is not None:

@@ -27,7 +27,7 @@ from midstream.engine.reader import RequestReader
 from midstream.engine.request import Job, Outcome
 from midstream.engine.runner import Runner
 from midstream.engine.scheduler import Scheduler
-from midstream.errors import Cancelled, DeadlineExceeded, MidstreamError
+from midstream.errors import Cancelled, DeadlineExceeded, MidstreamError, ModelError
 from midstream.models.chat import ChatTokenizer
 from midstream.models.load import LoadedModel, load_model
 from midstream.models.pool import KVPool
@@ -44,9 +44,12 @@ class AsyncEngine:
 
     def __init__(self, loaded: LoadedModel, config: EngineConfig | None = None) -> None:
         config = config or EngineConfig()
+        if config.kv_dtype is not None and loaded.device.type != "cpu":
+            raise ModelError(f"kv_dtype {config.kv_dtype} is not implemented on {loaded.device.type}; leave it out")
         self._loaded = loaded
+        self._kv_dtype = config.kv_dtype
         self._max_context = min(loaded.max_context_tokens, config.max_context_tokens or loaded.max_context_tokens)
-        per_slot = KVPool.bytes_per_slot(loaded.kv_shapes, loaded.dtype)
+        per_slot = KVPool.bytes_per_slot(loaded.kv_shapes, loaded.dtype, config.kv_dtype)
         tree = KVTree(_num_slots(config, per_slot, self._max_context, loaded.device))
         self._core = EngineCore(
             tree=tree,
@@ -68,7 +71,8 @@ class AsyncEngine:
             max_context=self._max_context,
             num_slots=tree.num_slots,
         )
-        self._loop = EngineLoop(self._core, Runner(loaded, tree.num_slots, self._core.weights_of))
+        runner = Runner(loaded, tree.num_slots, self._core.weights_of, config.kv_dtype)
+        self._loop = EngineLoop(self._core, runner)
         self._ids = itertools.count(1)
 
     @classmethod
@@ -82,7 +86,10 @@ class AsyncEngine:
         weights: str | None = None,
         progress: bool = False,
     ) -> AsyncEngine:
-        """Load a model (a known name, a Hugging Face folder or hub id, a GGUF file). Raises ModelError."""
+        """Load a model (a known name, a Hugging Face folder or hub id, a GGUF file).
+
+        Raises ModelError when it cannot be, or not with this configuration.
+        """
         return cls(
             apart(lambda: load_model(model, dtype=dtype, device=device, weights=weights, progress=progress)), config
         )

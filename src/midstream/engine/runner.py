@@ -14,6 +14,7 @@ from midstream.engine.step import Segment, Step
 from midstream.models.attention_plan import Range, RowSegment
 from midstream.models.deltas import DeltaGroup
 from midstream.models.forward import Batch
+from midstream.models.kv import KVKind
 from midstream.models.load import LoadedModel
 from midstream.models.pick import pick_forward
 
@@ -23,9 +24,11 @@ WeightsOf = Callable[[str], Mapping[str, LoraWeights]]
 class Runner:
     """One model and its KV pool. `weights_of` gives the weights of an adapter by its digest."""
 
-    def __init__(self, loaded: LoadedModel, num_slots: int, weights_of: WeightsOf) -> None:
+    def __init__(
+        self, loaded: LoadedModel, num_slots: int, weights_of: WeightsOf, kv_dtype: KVKind | None = None
+    ) -> None:
         self._weights_of = weights_of
-        self._forward = pick_forward(loaded, num_slots)
+        self._forward = pick_forward(loaded, num_slots, kv_dtype)
 
     @torch.inference_mode()
     def run(self, step: Step) -> dict[Branch, Tensor]:

@@ -10,6 +10,7 @@ from transformers import AttentionInterface
 
 from midstream.models.attention_plan import AttentionPlan, CausalCall, DenseCall, MaskedCall, Rows
 from midstream.models.kernels import Kernels
+from midstream.models.kv import LayerKV
 from midstream.models.pool import AttentionShape, ForwardPlan, ProbePool
 
 NAME = "midstream"
@@ -45,39 +46,39 @@ def attention(
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if isinstance(pool, ProbePool):
         pool.note(layer, AttentionShape(query.shape[1], key.shape[1], query.shape[3], scale, sliding_window))
-    keys, values = pool.write(layer, plan.write_slots, key[0], value[0])
-    out = attend(query[0], keys, values, plan, midstream_plan.kernels, scale, sliding_window)
+    kv = pool.write(layer, plan.write_slots, key[0], value[0])
+    out = attend(query[0], kv, plan, midstream_plan.kernels, scale, sliding_window)
     return out.unsqueeze(0), None
 
 
 def attend(
     query: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    kv: LayerKV,
     plan: AttentionPlan,
     kernels: Kernels,
     scale: float,
     window: int | None,
 ) -> Tensor:
-    """Attend as the plan says: query [heads, rows, dim], keys, values [kv_heads, slots, dim] → [rows, heads, dim]."""
+    """Attend as the plan says: query [heads, rows, dim] over the layer's KV → [rows, heads, dim]."""
     if plan.extents:
-        return kernels.attend(query, keys, values, plan.extent_call(window), scale)
-    whole = kernels.attend_step(query, keys, values, plan, scale, window)
+        return kernels.attend(query, kv, plan.extent_call(window), scale)
+    whole = kernels.attend_step(query, kv, plan, scale, window)
     if whole is not None:
         return whole
     merged = _Merged(plan.num_rows)
     for call in plan.calls(window):
         q = query[:, call.rows.selector]
         if isinstance(call, DenseCall):
-            k = keys[:, call.start : call.start + call.length]
-            v = values[:, call.start : call.start + call.length]
-            merged.add(call.rows, *_grouped(q, k, v, None, scale))
+            merged.add(call.rows, *_grouped(q, *kv.read(_extent(call), q.dtype), None, scale))
         elif isinstance(call, CausalCall):
-            merged.add(call.rows, *_causal(q, keys, values, call, scale))
+            merged.add(call.rows, *_causal(q, *kv.read(_extent(call), q.dtype), scale))
         elif isinstance(call, MaskedCall):
-            k, v = keys.index_select(1, call.slots), values.index_select(1, call.slots)
-            merged.add(call.rows, *_grouped(q, k, v, call.mask, scale))
+            merged.add(call.rows, *_grouped(q, *kv.read(call.slots, q.dtype), call.mask, scale))
     return merged.result(query).transpose(0, 1)
+
+
+def _extent(call: DenseCall | CausalCall) -> slice:
+    return slice(call.start, call.start + call.length)
 
 
 class _Merged:
@@ -129,11 +130,10 @@ def _grouped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float)
     return out.reshape(heads, rows, v.shape[-1]), lse.reshape(heads, rows)
 
 
-def _causal(q: Tensor, keys: Tensor, values: Tensor, call: CausalCall, scale: float) -> tuple[Tensor, Tensor]:
-    """Causal attention of a segment over its own KV."""
-    group = q.shape[0] // keys.shape[0]
-    k = keys[:, call.start : call.start + call.length].repeat_interleave(group, 0).unsqueeze(0)
-    v = values[:, call.start : call.start + call.length].repeat_interleave(group, 0).unsqueeze(0)
+def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Causal attention of a segment over its own KV [kv_heads, rows, dim]."""
+    group = q.shape[0] // k.shape[0]
+    k, v = (tensor.repeat_interleave(group, 0).unsqueeze(0) for tensor in (k, v))
     out, lse = _attend(q.unsqueeze(0), k, v, None, True, scale)
     return out[0], lse[0]
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from midstream.models.attention_plan import AttentionPlan
 from midstream.models.deltas import DeltaContext, Part
 from midstream.models.extents import ExtentCall
+from midstream.models.kv import LayerKV
 from midstream.models.products import Product, WeightKind, WideProduct, torch_product
 
 if TYPE_CHECKING:
@@ -53,11 +54,10 @@ class Kernels(Protocol):
         """Add alpha · update to x in place; the norm of the sum."""
         ...
 
-    def rotate(self, qkv: Tensor, cosine: Tensor, sine: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> Tensor:
+    def rotate(self, qkv: Tensor, cosine: Tensor, sine: Tensor, kv: LayerKV, slots: Tensor) -> Tensor:
         """Split qkv [rows, (heads + 2 kv_heads) · dim], rotate by position, put keys and values into their slots.
 
-        cosine and sine are [rows, dim] with equal halves; keys and values [kv_heads, all slots, dim]. Returns the
-        queries [heads, rows, dim].
+        cosine and sine are [rows, dim] with equal halves. Returns the queries [heads, rows, dim].
         """
         ...
 
@@ -66,7 +66,7 @@ class Kernels(Protocol):
         ...
 
     def attend_step(
-        self, query: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan, scale: float, window: int | None
+        self, query: Tensor, kv: LayerKV, plan: AttentionPlan, scale: float, window: int | None
     ) -> Tensor | None:
         """Attention of all rows of a step at once: query [heads, rows, dim] → [rows, heads, dim].
 
@@ -74,7 +74,7 @@ class Kernels(Protocol):
         """
         ...
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor, call: ExtentCall, scale: float) -> Tensor:
+    def attend(self, query: Tensor, kv: LayerKV, call: ExtentCall, scale: float) -> Tensor:
         """Attention of query [heads, rows, dim]: [rows, heads, dim]."""
         ...
 
@@ -108,14 +108,13 @@ class TorchKernels:
         add_scaled(x, update, alpha)
         return self.norm(x, weight, eps)
 
-    def rotate(self, qkv: Tensor, cosine: Tensor, sine: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> Tensor:
-        kv_heads, _, dim = keys.shape
+    def rotate(self, qkv: Tensor, cosine: Tensor, sine: Tensor, kv: LayerKV, slots: Tensor) -> Tensor:
+        kv_heads, _, dim = kv.keys.shape
         split = qkv.view(qkv.shape[0], -1, dim).transpose(0, 1)
         turning, value = split[:-kv_heads], split[-kv_heads:]
         first, second = turning.chunk(2, dim=-1)
         turned = turning * cosine + torch.cat((-second, first), dim=-1) * sine
-        keys.index_copy_(1, slots, turned[-kv_heads:])
-        values.index_copy_(1, slots, value)
+        kv.write(slots, turned[-kv_heads:], value)
         return turned[:-kv_heads]
 
     def gated(self, both: Tensor) -> Tensor:
@@ -123,11 +122,11 @@ class TorchKernels:
         return F.silu(gate) * up
 
     def attend_step(
-        self, query: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan, scale: float, window: int | None
+        self, query: Tensor, kv: LayerKV, plan: AttentionPlan, scale: float, window: int | None
     ) -> Tensor | None:
         return None
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor, call: ExtentCall, scale: float) -> Tensor:
+    def attend(self, query: Tensor, kv: LayerKV, call: ExtentCall, scale: float) -> Tensor:
         raise NotImplementedError("plans for these kernels have no ExtentCall")
 
     def add_deltas(self, x: Tensor, y: Tensor, context: DeltaContext, parts: Sequence[Part]) -> bool:

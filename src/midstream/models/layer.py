@@ -70,10 +70,10 @@ class FusedLayer(nn.Module):
 
     def _attended(self, qkv: Tensor, position_embeddings: tuple[Tensor, Tensor], plan: ForwardPlan) -> Tensor:
         cosine, sine = position_embeddings[0][0], position_embeddings[1][0]
-        keys, values = plan.pool.keys[self.index], plan.pool.values[self.index]
-        query = self.kernels.rotate(qkv, cosine, sine, keys, values, plan.attention.write_slots)
+        kv = plan.pool.layers[self.index]
+        query = self.kernels.rotate(qkv, cosine, sine, kv, plan.attention.write_slots)
         shape = self.shape
-        out = attend(query, keys, values, plan.attention, self.kernels, shape.scale, shape.window)
+        out = attend(query, kv, plan.attention, self.kernels, shape.scale, shape.window)
         return out.reshape(out.shape[0], -1)
 
 

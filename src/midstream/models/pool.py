@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,38 +10,39 @@ from torch import Tensor
 
 from midstream.models.attention_plan import AttentionPlan
 from midstream.models.kernels import Kernels
+from midstream.models.kv import KVKind, LayerKV, bytes_per_slot
 
 
 class KVPool:
-    """Keys and values of all layers: per layer [kv_heads, slots, head_dim], so that an extent is a strided view."""
+    """Keys and values of all layers, an extent of which is a strided view.
+
+    `shapes`: KV heads and the size of each, by layer; `kind` "int8": in eight bits; None: as the model computes them.
+    """
 
     def __init__(
         self,
-        shapes: list[tuple[int, int]],
+        shapes: Sequence[tuple[int, int]],
         num_slots: int,
         dtype: torch.dtype,
         device: torch.device,
+        kind: KVKind | None = None,
         *,
         spare: int = 0,
     ) -> None:
         """`spare` slots lie behind the `num_slots` that are handed out."""
         self.num_slots = num_slots
         room = num_slots + spare
-        # Not zeroed: pages that no request has used yet take no memory.
-        self.keys = [torch.empty(h, room, d, dtype=dtype, device=device) for h, d in shapes]
-        self.values = [torch.empty(h, room, d, dtype=dtype, device=device) for h, d in shapes]
+        self.layers = [LayerKV.empty(heads, room, dim, dtype, device, kind) for heads, dim in shapes]
 
-    def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Put key and value [kv_heads, rows, head_dim] into `slots`; return the layer's whole keys and values."""
-        keys, values = self.keys[layer], self.values[layer]
-        keys.index_copy_(1, slots, key)
-        values.index_copy_(1, slots, value)
-        return keys, values
+    def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> LayerKV:
+        """Put key and value [kv_heads, rows, head_dim] into `slots`; return all that the layer has."""
+        self.layers[layer].write(slots, key, value)
+        return self.layers[layer]
 
     @staticmethod
-    def bytes_per_slot(shapes: list[tuple[int, int]], dtype: torch.dtype) -> int:
+    def bytes_per_slot(shapes: Sequence[tuple[int, int]], dtype: torch.dtype, kind: KVKind | None = None) -> int:
         """Bytes of one token's keys and values over all layers."""
-        return sum(2 * heads * dim for heads, dim in shapes) * dtype.itemsize
+        return sum(bytes_per_slot(shape, dtype, kind) for shape in shapes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +63,11 @@ class ProbePool(KVPool):
         super().__init__([], 0, torch.float32, torch.device("cpu"))
         self.shapes: dict[int, AttentionShape] = {}
 
-    def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> LayerKV:
         if key.shape != value.shape:
             shapes = f"keys {tuple(key.shape)} and values {tuple(value.shape)}"
             raise RuntimeError(f"{shapes} of one layer differ in shape")
-        return key, value
+        return LayerKV(key, value)
 
     def note(self, layer: int, shape: AttentionShape) -> None:
         self.shapes[layer] = shape

@@ -34,7 +34,7 @@ class Pair:
             KVPool(self.loaded.kv_shapes, SLOTS, self.loaded.dtype, self.loaded.device, spare=1) for _ in range(2)
         ]
         for pool in self.pools:
-            for numbers in (*pool.keys, *pool.values):
+            for numbers in (each for kv in pool.layers for each in (kv.keys, kv.values)):
                 numbers.fill_(7.0)
         self.replayed = GraphForward(self.loaded, self.pools[0], recorder)
         self.eager = EagerForward(self.loaded, self.pools[1])
@@ -46,7 +46,7 @@ class Pair:
         found, expected = self.replayed.run(step), self.eager.run(step)
         wanted = len(step.wanted)
         torch.testing.assert_close(found[:wanted], expected[:wanted], rtol=1e-4, atol=1e-4)
-        for ours, theirs in zip(self.pools[0].keys, self.pools[1].keys, strict=True):
+        for ours, theirs in zip(*([kv.keys for kv in pool.layers] for pool in self.pools), strict=True):
             torch.testing.assert_close(ours[:, :SLOTS], theirs[:, :SLOTS], rtol=1e-4, atol=1e-4)
         return found[:wanted]
 

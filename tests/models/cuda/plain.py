@@ -15,6 +15,7 @@ from midstream.models.cuda.factors import ProductFactors
 from midstream.models.cuda.kernels import CudaKernels
 from midstream.models.cuda.tables import DeviceTables
 from midstream.models.kernels import TorchKernels
+from midstream.models.kv import LayerKV
 
 MULTIPROCESSORS = 4
 
@@ -59,7 +60,7 @@ class PlainPrograms:
         return self._torch.add_norm(x, update, alpha, weight, eps)
 
     def rotate(self, qkv: Tensor, cosine: Tensor, sine: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> Tensor:
-        return self._torch.rotate(qkv, cosine, sine, keys, values, slots)
+        return self._torch.rotate(qkv, cosine, sine, LayerKV(keys, values), slots)
 
     def gated(self, both: Tensor) -> Tensor:
         return self._torch.gated(both)

@@ -61,7 +61,7 @@ def test_short_prefills_and_decodes_share_a_recording_when_their_tables_fit(pair
 def test_padding_writes_to_the_spare_slot_and_to_no_other(pair: Pair) -> None:
     for shift in (0, 3, 6):
         pair.both(decodes(3, shift=shift))
-    keys = pair.pools[0].keys[0]
+    keys = pair.pools[0].layers[0].keys
     written = [*range(PREFIX + 10), *range(100, 109), SLOTS]
     untouched = [slot for slot in range(SLOTS) if slot not in written]
     assert (keys[:, untouched] == 7.0).all()

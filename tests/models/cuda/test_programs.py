@@ -17,6 +17,7 @@ from midstream.models.cuda.kernels import CudaKernels
 from midstream.models.cuda.tables import DeviceTables, build_tables
 from midstream.models.deltas import DeltaContext, DeltaGroup, Part
 from midstream.models.kernels import TorchKernels
+from midstream.models.kv import LayerKV
 from tests.models.cuda.plain import MULTIPROCESSORS, a_step, plain_kernels
 from tests.models.cuda.triton import DEVICE, HALF, needs_triton, triton_programs
 from tests.models.native import random
@@ -58,7 +59,7 @@ def test_attention_of_a_mixed_step(
 ) -> None:
     segments, rows = a_step()
     query, keys, values = inputs(*shape, rows, dtype)
-    found = attend(query, keys, values, AttentionPlan(segments, dtype, DEVICE, rows), kernels, 0.2, window)
+    found = attend(query, LayerKV(keys, values), AttentionPlan(segments, dtype, DEVICE, rows), kernels, 0.2, window)
     exact = AttentionPlan(segments, torch.float32, torch.device("cpu"), rows)
     wide = [numbers.float().cpu() for numbers in (query, keys, values)]
     near(found, attend(*wide, exact, TorchKernels(), 0.2, window), dtype)
@@ -89,8 +90,8 @@ def test_attention_of_a_transposed_query(kernels: CudaKernels) -> None:
     query, keys, values = inputs(6, 2, 32, rows, torch.float32)
     packed = query.transpose(0, 1).contiguous()
     plan = AttentionPlan(segments, torch.float32, DEVICE, rows)
-    expected = attend(query, keys, values, plan, kernels, 0.2, None)
-    near(attend(packed.transpose(0, 1), keys, values, plan, kernels, 0.2, None), expected, torch.float32)
+    expected = attend(query, LayerKV(keys, values), plan, kernels, 0.2, None)
+    near(attend(packed.transpose(0, 1), LayerKV(keys, values), plan, kernels, 0.2, None), expected, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -12,6 +12,7 @@ from midstream.models.attention import attend
 from midstream.models.attention_plan import AttentionPlan, Range, RowSegment
 from midstream.models.cuda.tables import KEY_BLOCK, DeviceTables, Tables, Tiling, build_tables
 from midstream.models.kernels import TorchKernels
+from midstream.models.kv import LayerKV
 from tests.models.cuda.plain import a_step, plain_kernels, seen_slots
 from tests.models.native import random
 
@@ -109,8 +110,8 @@ def test_attention_by_tables_is_attention_by_calls(heads: tuple[int, int], windo
     query = random(heads[0], rows, 32)
     keys, values = random(heads[1], 1000, 32, seed=1), random(heads[1], 1000, 32, seed=2)
     plan = AttentionPlan(segments, torch.float32, torch.device("cpu"), rows)
-    expected = attend(query, keys, values, plan, TorchKernels(), 0.2, window)
-    found = attend(query, keys, values, plan, plain_kernels(), 0.2, window)
+    expected = attend(query, LayerKV(keys, values), plan, TorchKernels(), 0.2, window)
+    found = attend(query, LayerKV(keys, values), plan, plain_kernels(), 0.2, window)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -122,9 +123,9 @@ def test_heads_that_no_tile_holds_are_left_to_the_plans_calls() -> None:
     assert kernels.tiling(8, 8, 64, torch.float64) is None
     numbers = random(4, 3, 512)
     plan = AttentionPlan((RowSegment(0, 3, 0, 0, ()),), torch.float32, torch.device("cpu"), 3)
-    assert kernels.attend_step(numbers, numbers, numbers, plan, 0.1, None) is None
-    found = attend(numbers, numbers, numbers, plan, kernels, 0.1, None)
-    torch.testing.assert_close(found, attend(numbers, numbers, numbers, plan, TorchKernels(), 0.1, None))
+    assert kernels.attend_step(numbers, LayerKV(numbers, numbers), plan, 0.1, None) is None
+    found = attend(numbers, LayerKV(numbers, numbers), plan, kernels, 0.1, None)
+    torch.testing.assert_close(found, attend(numbers, LayerKV(numbers, numbers), plan, TorchKernels(), 0.1, None))
 
 
 def test_an_empty_window_leaves_no_entry() -> None:

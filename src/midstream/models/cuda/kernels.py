@@ -16,6 +16,7 @@ from midstream.models.cuda.tables import DeviceTables, Tiling, build_tables
 from midstream.models.deltas import DeltaContext, Part
 from midstream.models.device import on_device
 from midstream.models.kernels import Kernels, TorchKernels
+from midstream.models.kv import LayerKV
 
 log = logging.getLogger(__name__)
 
@@ -64,27 +65,27 @@ class CudaKernels(TorchKernels):
             return super().add_norm(x, update, alpha, weight, eps)
         return self._programs.norm(x, update, alpha, weight, eps)
 
-    def rotate(self, qkv: Tensor, cosine: Tensor, sine: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> Tensor:
-        return self._programs.rotate(qkv, cosine, sine, keys, values, slots)
+    def rotate(self, qkv: Tensor, cosine: Tensor, sine: Tensor, kv: LayerKV, slots: Tensor) -> Tensor:
+        return self._programs.rotate(qkv, cosine, sine, kv.keys, kv.values, slots)
 
     def gated(self, both: Tensor) -> Tensor:
         return self._programs.gated(both)
 
     def attend_step(
-        self, query: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan, scale: float, window: int | None
+        self, query: Tensor, kv: LayerKV, plan: AttentionPlan, scale: float, window: int | None
     ) -> Tensor | None:
         heads, _, dim = query.shape
-        tiling = self.tiling(heads, keys.shape[0], dim, query.dtype)
+        tiling = self.tiling(heads, kv.keys.shape[0], dim, query.dtype)
         if tiling is None:
             return None
-        key = tables_key(heads, keys.shape[0], window)
+        key = tables_key(heads, kv.keys.shape[0], window)
         tables = plan.prepared.get(key)
         if tables is None:
             found = build_tables(plan.segments, plan.num_rows, tiling, window)
             tables = plan.prepared[key] = DeviceTables.of(found, query.device)
         if query.stride(2) != 1:
             query = query.contiguous()
-        return self._programs.attend(query, keys, values, tables, scale)
+        return self._programs.attend(query, kv.keys, kv.values, tables, scale)
 
     def tiling(self, heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> Tiling | None:
         """How tiles are cut for such heads; None where they are too many for a KV head, or too large."""
@@ -141,7 +142,7 @@ def _try(kernels: CudaKernels, dtype: torch.dtype, device: torch.device) -> None
     """One small attention. Raises what Triton raises where it does not run, ValueError on a wrong result."""
     numbers = torch.linspace(-1, 1, 4 * 3 * 32, device=device).view(4, 3, 32).to(dtype)
     plan = AttentionPlan((RowSegment(row=0, count=3, position=0, slot=0, seen=()),), numbers.dtype, device, 3)
-    found = kernels.attend_step(numbers, numbers[:2].contiguous(), numbers[2:].contiguous(), plan, 0.2, None)
+    found = kernels.attend_step(numbers, LayerKV(numbers[:2].contiguous(), numbers[2:].contiguous()), plan, 0.2, None)
     # The first row sees itself alone, so it gets its own value.
     first = numbers[2:, 0].repeat_interleave(2, 0)
     if found is None or not torch.allclose(found[0], first, atol=1e-2):

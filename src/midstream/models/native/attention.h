@@ -10,6 +10,7 @@
 #include <immintrin.h>
 #endif
 
+#include "kv.h"
 #include "prefill.h"
 #include "team.h"
 
@@ -33,8 +34,7 @@ struct Span {
 
 struct Attention {
     const void* query;  // [heads, batch rows, dim]
-    const void* keys;   // [kv_heads, slots, dim]
-    const void* values;
+    KV kv;
     void* out;       // [batch rows, heads, dim]
     float* scratch;  // [partials, heads, dim + 2]: accumulator, maximum, sum
     const Chunk* chunks;
@@ -61,8 +61,8 @@ struct Query {
         for (int d = 0; d < DIM; d += LANES) store(numbers + d, load(from + d));
     }
 
-    template <int COUNT>
-    static inline void multiply(const Query* queries, const T* key, vf* total) {
+    template <int COUNT, typename S>
+    static inline void multiply(const Query* queries, const S* key, vf* total) {
         for (int d = 0; d < DIM; d += LANES) {
             const vf part = load(key + d);
             for (int i = 0; i < COUNT; i++) total[i] += load(queries[i].numbers + d) * part;
@@ -78,10 +78,10 @@ struct Query<bf16, DIM> {
 
     void read(const bf16* from) { std::memcpy(numbers, from, sizeof numbers); }
 
-    template <int COUNT>
-    static inline void multiply(const Query* queries, const bf16* key, vf* total) {
+    template <int COUNT, typename S>
+    static inline void multiply(const Query* queries, const S* key, vf* total) {
         for (int d = 0; d < DIM; d += 2 * LANES) {
-            const __m512bh part = (__m512bh)_mm512_loadu_si512(key + d);
+            const __m512bh part = load_pairs(key + d);
             for (int i = 0; i < COUNT; i++)
                 total[i] = (vf)_mm512_dpbf16_ps((__m512)total[i],
                                                 (__m512bh)_mm512_load_si512(queries[i].numbers + d), part);
@@ -90,13 +90,15 @@ struct Query<bf16, DIM> {
 };
 #endif
 
-template <typename T, int DIM, int COUNT>
-inline void scores_of(const Query<T, DIM>* queries, const T* keys, int length, float scale, float (*scores)[BLOCK]) {
+template <typename S, typename T, int DIM, int COUNT>
+__attribute__((noinline)) void scores_of(const Query<T, DIM>* queries, const KV& kv, int64_t place, int length,
+                                         float scale, float (*scores)[BLOCK]) {
+    const S* keys = (const S*)kv.keys + place * DIM;
     int k = 0;
     for (; k + 4 <= length; k += 4) {
         vf total[4][COUNT] = {};
-        for (int line = 0; line < int(4 * DIM * sizeof(T)); line += 64)
-            __builtin_prefetch((const char*)(keys + k * DIM) + BLOCK * DIM * sizeof(T) + line);
+        for (int line = 0; line < int(4 * DIM * sizeof(S)); line += 64)
+            __builtin_prefetch((const char*)(keys + k * DIM) + BLOCK * DIM * sizeof(S) + line);
         for (int j = 0; j < 4; j++) Query<T, DIM>::template multiply<COUNT>(queries, keys + (k + j) * DIM, total[j]);
         for (int i = 0; i < COUNT; i++) {
             const vf4 found = sums(total[0][i], total[1][i], total[2][i], total[3][i]) * scale;
@@ -110,8 +112,10 @@ inline void scores_of(const Query<T, DIM>* queries, const T* keys, int length, f
     }
 }
 
-template <typename T, int DIM, int COUNT>
-inline void add_values(const float (*weights)[BLOCK], const T* values, int length, float (*result)[DIM]) {
+template <typename S, int DIM, int COUNT>
+__attribute__((noinline)) void add_values(const float (*weights)[BLOCK], const KV& kv, int64_t place, int length,
+                                          float (*result)[DIM]) {
+    const S* values = (const S*)kv.values + place * DIM;
     constexpr int PARTS = DIM / LANES;
     // So that the accumulators fit the registers.
     constexpr int WIDTH = LANES < 16 ? 2 : PARTS % 4 == 0 ? 4 : PARTS % 3 == 0 ? 3 : 2;
@@ -120,8 +124,8 @@ inline void add_values(const float (*weights)[BLOCK], const T* values, int lengt
         for (int i = 0; i < COUNT; i++)
             for (int p = 0; p < WIDTH; p++) total[i][p] = load(result[i] + (from + p) * LANES);
         for (int k = 0; k < length; k++) {
-            for (int line = 0; line < int(WIDTH * LANES * sizeof(T)); line += 64)
-                __builtin_prefetch((const char*)(values + k * DIM + from * LANES) + BLOCK * DIM * sizeof(T) + line);
+            for (int line = 0; line < int(WIDTH * LANES * sizeof(S)); line += 64)
+                __builtin_prefetch((const char*)(values + k * DIM + from * LANES) + BLOCK * DIM * sizeof(S) + line);
             for (int p = 0; p < WIDTH; p++) {
                 const vf value = load(values + k * DIM + (from + p) * LANES);
                 for (int i = 0; i < COUNT; i++) total[i][p] += weights[i][k] * value;
@@ -132,9 +136,14 @@ inline void add_values(const float (*weights)[BLOCK], const T* values, int lengt
     }
 }
 
+// One query's scores or weights, times the scales of the keys or values that they are of.
+inline void scale_by(float* numbers, const float* scales, int length) {
+    for (int k = 0; k < length; k++) numbers[k] *= scales[k];
+}
+
 // Scores to weights e^(score - maximum); what was summed under a smaller maximum before is scaled down.
-template <int DIM>
-inline void soften(float* scores, int length, float* result, float& maximum, float& total) {
+// Compiled once for all tiles, as the time of compiling is that of a first load.
+__attribute__((noinline)) void soften(float* scores, int length, float* result, int dim, float& maximum, float& total) {
     for (int k = length; k < BLOCK; k++) scores[k] = -std::numeric_limits<float>::infinity();
     vf highest = load(scores);
     for (int k = LANES; k < BLOCK; k += LANES) highest = larger(highest, load(scores + k));
@@ -146,7 +155,7 @@ inline void soften(float* scores, int length, float* result, float& maximum, flo
     if (found > maximum) {
         const float shrink = std::exp(maximum - found);
         total *= shrink;
-        for (int d = 0; d < DIM; d += LANES) store(result + d, load(result + d) * shrink);
+        for (int d = 0; d < dim; d += LANES) store(result + d, load(result + d) * shrink);
         maximum = found;
     }
     vf sums = {};
@@ -163,6 +172,7 @@ inline void soften(float* scores, int length, float* result, float& maximum, flo
 template <typename T, int DIM, int COUNT>
 void attend_tile(const Attention& a, const Chunk& chunk, int kv_head, int64_t first_query) {
     const int group = int(a.heads / a.kv_heads);
+    const bool whole = a.kv.key_scales;
     Query<T, DIM> queries[COUNT];
     alignas(64) float result[COUNT][DIM] = {}, scores[COUNT][BLOCK];
     float maximum[COUNT], total[COUNT] = {};
@@ -173,16 +183,18 @@ void attend_tile(const Attention& a, const Chunk& chunk, int kv_head, int64_t fi
         maximum[i] = -std::numeric_limits<float>::infinity();
         visible[i] = chunk.causal ? chunk.length - (chunk.count - 1 - place) : chunk.length;
     }
-    const int64_t offset = (kv_head * a.slots + chunk.start) * DIM;
-    const T *keys = (const T*)a.keys + offset, *values = (const T*)a.values + offset;
     for (int64_t at = 0; at < chunk.length; at += BLOCK) {
         const int length = int(chunk.length - at < BLOCK ? chunk.length - at : BLOCK);
-        scores_of<T, DIM, COUNT>(queries, keys + at * DIM, length, a.scale, scores);
+        const int64_t place = kv_head * a.slots + chunk.start + at;
+        (whole ? scores_of<int8_t, T, DIM, COUNT> : scores_of<T, T, DIM, COUNT>)(queries, a.kv, place, length, a.scale,
+                                                                                 scores);
         for (int i = 0; i < COUNT; i++) {
-            const int64_t seen = visible[i] - at;
-            soften<DIM>(scores[i], int(seen < 0 ? 0 : seen < length ? seen : length), result[i], maximum[i], total[i]);
+            const int shown = int(std::max<int64_t>(0, std::min<int64_t>(visible[i] - at, length)));
+            if (whole) scale_by(scores[i], a.kv.key_scales + place, shown);
+            soften(scores[i], shown, result[i], DIM, maximum[i], total[i]);
+            if (whole) scale_by(scores[i], a.kv.value_scales + place, shown);
         }
-        add_values<T, DIM, COUNT>(scores, values + at * DIM, length, result);
+        (whole ? add_values<int8_t, DIM, COUNT> : add_values<T, DIM, COUNT>)(scores, a.kv, place, length, result);
     }
     for (int i = 0; i < COUNT; i++) {
         const int64_t place = (first_query + i) / group, head = kv_head * group + (first_query + i) % group;
@@ -199,7 +211,7 @@ constexpr int64_t MANY = 12;
 // The query vectors `from` to `end` of a chunk's rows, together.
 template <typename T, int DIM>
 void attend_many(const Attention& a, const Chunk& chunk, int kv_head, int64_t from, int64_t end) {
-    const int64_t group = a.heads / a.kv_heads, offset = (kv_head * a.slots + chunk.start) * DIM;
+    const int64_t group = a.heads / a.kv_heads;
     QueryBlock<T, DIM> block(a.scale, NO_END);
     for (int64_t i = from; i < end; i++) {
         const int64_t place = i / group, head = kv_head * group + i % group, row = a.rows[chunk.first + place];
@@ -207,7 +219,7 @@ void attend_many(const Attention& a, const Chunk& chunk, int kv_head, int64_t fr
         block.add((const T*)a.query + (head * a.batch_rows + row) * DIM, chunk.length - 1 - hidden);
     }
     block.close();
-    block.see((const T*)a.keys + offset, (const T*)a.values + offset, 0, chunk.length);
+    block.see(a.kv, kv_head * a.slots + chunk.start, 0, chunk.length);
     for (int64_t i = from; i < end; i++) {
         const int64_t place = i / group, head = kv_head * group + i % group;
         block.give(int(i - from), a.scratch + ((chunk.partial + place) * a.heads + head) * (DIM + 2));
@@ -262,8 +274,7 @@ void attend_block(const Attention& a, const Block& rows, int kv_head) {
         }
         block.close();
         for (const Span* span = a.spans + rows.first; span < a.spans + rows.first + rows.spans; span++) {
-            const int64_t offset = (kv_head * a.slots + span->start) * DIM;
-            block.see((const T*)a.keys + offset, (const T*)a.values + offset, span->position, span->length);
+            block.see(a.kv, kv_head * a.slots + span->start, span->position, span->length);
         }
         for (int64_t i = from; i < end; i++) {
             const int64_t place = i / group, head = kv_head * group + i % group;

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from midstream.models.extents import ExtentCall
+from midstream.models.kv import LayerKV
 from midstream.models.native import structs
 
 # Numbers that the query vectors of a block may have: QueryBlock::MOST · dim in prefill.h.
@@ -15,8 +16,13 @@ _UNITS = 4
 _NO_WINDOW = 1 << 60
 
 
+def kv_addresses(kv: LayerKV) -> structs.KV:
+    """Where a layer's keys and values lie, which must be contiguous."""
+    return structs.KV(*(None if tensor is None else tensor.data_ptr() for tensor in kv))
+
+
 def extent_arguments(call: ExtentCall, keys: Tensor, heads: int, rows: int, scale: float) -> structs.Attention:
-    """The arguments that all layers of a step share; query, keys, values and out are to be filled in.
+    """The arguments that all layers of a step share; query, kv and out are to be filled in.
 
     keys [kv_heads, slots, dim]. The call keeps them, and the memory that they point to.
     """
@@ -37,7 +43,9 @@ def _prepare(
     kept = [scratch, call.chunks, call.chunk_rows, call.merge_rows, call.merge_first, call.merge_partial]
     kept += [blocks, call.spans]
     arguments = structs.Attention(
-        *(None,) * 4,
+        None,
+        structs.KV(),
+        None,
         *(tensor.data_ptr() for tensor in kept),
         *(len(call.chunks), len(call.merge_rows), len(blocks)),
         *(rows, slots, heads, kv_heads, dim),

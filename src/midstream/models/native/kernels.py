@@ -14,8 +14,9 @@ from torch import Tensor
 from midstream.models.deltas import DeltaContext, Part
 from midstream.models.extents import ExtentCall
 from midstream.models.kernels import Kernels, StackRun, TorchKernels
+from midstream.models.kv import LayerKV
 from midstream.models.native import structs
-from midstream.models.native.attention import extent_arguments
+from midstream.models.native.attention import extent_arguments, kv_addresses
 from midstream.models.native.build import compiled
 from midstream.models.native.deltas import FactorTables, StepDeltas
 from midstream.models.native.pack import depth_step
@@ -67,16 +68,16 @@ class NativeKernels(TorchKernels):
         self._add_norm(byref(norm), torch.get_num_threads(), _TYPES[x.dtype])
         return out
 
-    def rotate(self, qkv: Tensor, cosine: Tensor, sine: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> Tensor:
-        kv_heads, num_slots, dim = keys.shape
+    def rotate(self, qkv: Tensor, cosine: Tensor, sine: Tensor, kv: LayerKV, slots: Tensor) -> Tensor:
+        kv_heads, num_slots, dim = kv.keys.shape
         if dim not in _HEAD_DIMS:
-            return super().rotate(qkv, cosine, sine, keys, values, slots)
+            return super().rotate(qkv, cosine, sine, kv, slots)
         rows = qkv.shape[0]
         heads = qkv.shape[1] // dim - 2 * kv_heads
         query = qkv.new_empty(heads, rows, dim)
+        sizes = rows, heads, kv_heads, dim, num_slots
         inputs = (qkv.data_ptr(), cosine.data_ptr(), sine.data_ptr())
-        outputs = (query.data_ptr(), keys.data_ptr(), values.data_ptr(), slots.data_ptr())
-        rotary = structs.Rotary(*inputs, *outputs, rows, heads, kv_heads, dim, num_slots)
+        rotary = structs.Rotary(*inputs, query.data_ptr(), kv_addresses(kv), slots.data_ptr(), *sizes)
         self._rotate(byref(rotary), torch.get_num_threads(), _TYPES[qkv.dtype])
         return query
 
@@ -86,13 +87,12 @@ class NativeKernels(TorchKernels):
         self._gated(both.data_ptr(), out.data_ptr(), rows, width, torch.get_num_threads(), _TYPES[both.dtype])
         return out
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor, call: ExtentCall, scale: float) -> Tensor:
+    def attend(self, query: Tensor, kv: LayerKV, call: ExtentCall, scale: float) -> Tensor:
         query = query.contiguous()  # transformers' own layers give it as a transposed view
         heads, rows, dim = query.shape
-        arguments = extent_arguments(call, keys, heads, rows, scale)
+        arguments = extent_arguments(call, kv.keys, heads, rows, scale)
         out = query.new_empty(rows, heads, dim)
-        arguments.query, arguments.keys, arguments.values = query.data_ptr(), keys.data_ptr(), values.data_ptr()
-        arguments.out = out.data_ptr()
+        arguments.query, arguments.out, arguments.kv = query.data_ptr(), out.data_ptr(), kv_addresses(kv)
         if not self._attend(byref(arguments), _TYPES[query.dtype]):
             raise RuntimeError(f"no attention kernel for heads of {dim}")
         return out

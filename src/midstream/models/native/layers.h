@@ -22,7 +22,7 @@ struct Forward {
     const void *cosine, *sine;  // [rows, dim]
     const int64_t* write;       // by row: its slot
     const Layer* layers;
-    void *const *keys, *const *values;   // by layer: [kv_heads, slots, dim]
+    const KV* kv;                        // by layer
     const Attention* const* attention;   // by layer: all but what is in this struct
     const Deltas* deltas;                // whose products are each layer's four in turn; or none
     int64_t num_layers, rows, hidden, heads, kv_heads, dim, slots, width;
@@ -43,7 +43,7 @@ class LayerRun {
         const void* before = index ? f.update : nullptr;  // what the layer before has not added yet
         add_norm_in_team<T>(team, {f.x, before, layer.first_norm, f.normed, f.rows, f.hidden, scale, layer.first_eps});
         product(team, layer.qkv, first, f.normed, f.qkv);
-        rotate_in_team<T>(team, {f.qkv, f.cosine, f.sine, f.query, f.keys[index], f.values[index], f.write, f.rows, f.heads,
+        rotate_in_team<T>(team, {f.qkv, f.cosine, f.sine, f.query, f.kv[index], f.write, f.rows, f.heads,
                            f.kv_heads, f.dim, f.slots});
         attend(team, index);
         product(team, layer.o, first + 1, f.attended, f.update);
@@ -67,8 +67,7 @@ class LayerRun {
     void attend(Team& team, int64_t index) const {
         Attention a = *f.attention[index];
         a.query = f.query;
-        a.keys = f.keys[index];
-        a.values = f.values[index];
+        a.kv = f.kv[index];
         a.out = f.attended;
         attend_in_team<T>(team, a);
     }

@@ -19,11 +19,9 @@ using Multiplied = float;
 template <typename C, typename T>
 inline vu words(const T* from) {
     vu found;
-    if constexpr (std::is_same_v<C, T>) {
-        std::memcpy(&found, from, sizeof found);
-    } else {
-        found = (vu)load(from);
-    }
+    if constexpr (std::is_same_v<C, T>) std::memcpy(&found, from, sizeof found);
+    else if constexpr (std::is_same_v<C, float>) found = (vu)load(from);
+    else found = (vu)load_pairs(from);
     return found;
 }
 
@@ -67,14 +65,12 @@ void pack_values(const T* values, int length, float* panels, int64_t stride) {
             store(panels + d / PANEL * stride + k * PANEL + d % PANEL, load(values + k * DIM + d));
 }
 
-template <int DIM>
-void pack_values(const bf16* values, int length, bf16* panels, int64_t stride) {
+template <int DIM, typename T>
+void pack_values(const T* values, int length, bf16* panels, int64_t stride) {
     for (int k = 0; k < length; k += 2)
         for (int d = 0; d < DIM; d += LANES) {
-            vh even, odd = {};
-            std::memcpy(&even, values + k * DIM + d, sizeof even);
-            if (k + 1 < length) std::memcpy(&odd, values + (k + 1) * DIM + d, sizeof odd);
-            const vu pairs = __builtin_convertvector(even, vu) | __builtin_convertvector(odd, vu) << 16;
+            const vf even = load(values + k * DIM + d), odd = k + 1 < length ? load(values + (k + 1) * DIM + d) : vf{};
+            const vu pairs = (vu)even >> 16 | (vu)odd;  // bfloat16s, whose lower halves are nought
             std::memcpy(panels + d / PANEL * stride + k * PANEL + d % PANEL * 2, &pairs, sizeof pairs);
         }
 }

@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "kv.h"
 #include "team.h"
 #include "vector.h"
 
@@ -49,20 +50,35 @@ struct Rotary {
     const void* cosine;  // [rows, dim], of a layout whose two halves are the same
     const void* sine;
     void* query;  // [heads, rows, dim]
-    void* keys;   // [kv_heads, slots, dim]
-    void* values;
+    KV kv;
     const int64_t* write;  // by row: its slot
     int64_t rows, heads, kv_heads, dim, slots;
 };
 
-template <typename T>
-inline void rotate(const T* from, const T* cosine, const T* sine, T* to, int64_t dim) {
+constexpr int64_t LARGEST_HEAD = 256;
+
+template <typename T, typename To>
+inline void rotate(const T* from, const T* cosine, const T* sine, To* to, int64_t dim) {
     const int64_t half = dim / 2;
     for (int64_t d = 0; d < half; d += LANES) {
         const vf a = load(from + d), b = load(from + half + d);
         store(to + d, a * load(cosine + d) - b * load(sine + d));
         store(to + half + d, b * load(cosine + half + d) + a * load(sine + half + d));
     }
+}
+
+template <typename T>
+inline void put_key(const KV& kv, int64_t place, const T* from, const T* cosine, const T* sine, int64_t dim) {
+    if (!kv.key_scales) return rotate(from, cosine, sine, (T*)kv.keys + place * dim, dim);
+    alignas(64) float turned[LARGEST_HEAD];
+    rotate(from, cosine, sine, turned, dim);
+    kv.key_scales[place] = quantize(turned, (int8_t*)kv.keys + place * dim, dim);
+}
+
+template <typename T>
+inline void put_value(const KV& kv, int64_t place, const T* from, int64_t dim) {
+    if (kv.value_scales) kv.value_scales[place] = quantize(from, (int8_t*)kv.values + place * dim, dim);
+    else std::memcpy((T*)kv.values + place * dim, from, sizeof(T) * dim);
 }
 
 template <typename T>
@@ -74,9 +90,9 @@ void rotate_in_team(Team& team, const Rotary& r) {
         for (int64_t h = 0; h < r.heads; h++, from += r.dim)
             rotate(from, cosine, sine, (T*)r.query + (h * r.rows + row) * r.dim, r.dim);
         for (int64_t h = 0; h < r.kv_heads; h++, from += r.dim)
-            rotate(from, cosine, sine, (T*)r.keys + (h * r.slots + r.write[row]) * r.dim, r.dim);
+            put_key(r.kv, h * r.slots + r.write[row], from, cosine, sine, r.dim);
         for (int64_t h = 0; h < r.kv_heads; h++, from += r.dim)
-            std::memcpy((T*)r.values + (h * r.slots + r.write[row]) * r.dim, from, sizeof(T) * r.dim);
+            put_value(r.kv, h * r.slots + r.write[row], from, r.dim);
     });
 }
 

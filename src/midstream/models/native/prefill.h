@@ -7,6 +7,7 @@
 #include <cmath>
 #include <limits>
 
+#include "kv.h"
 #include "panels.h"
 
 constexpr float LOG2_E = 1.44269504088896341f, LN_2 = 0.69314718055994531f;
@@ -68,11 +69,15 @@ struct QueryBlock {
     int64_t last[MOST];
     alignas(64) C keys[KEYS * DIM];
     alignas(64) C values[KEYS * DIM];
+    alignas(64) float factors[KEYS], worths[KEYS];  // of the scores, whose powers are of two, and of the weights
     int64_t window;
-    float factor;  // of the scores, whose powers are of two
+    float factor;
     int count = 0;
 
-    QueryBlock(float scale, int64_t window) : window(window), factor(scale * LOG2_E) {}
+    QueryBlock(float scale, int64_t window) : window(window), factor(scale * LOG2_E) {
+        std::fill_n(factors, KEYS, factor);
+        std::fill_n(worths, KEYS, 1.0f);
+    }
 
     void add(const T* query, int64_t position) {
         for (int d = 0; d < DIM; d += LANES) {
@@ -93,19 +98,32 @@ struct QueryBlock {
     }
 
     // Compiled once for chunks and blocks, as are the tiles: the time of compiling is that of a first load.
-    // Keys [length, DIM] at positions from `position` on, and their values.
-    __attribute__((noinline)) void see(const T* from_keys, const T* from_values, int64_t position, int64_t length) {
+    // `length` keys at positions from `position` on, and their values: those that lie in `kv` from `place` on.
+    __attribute__((noinline)) void see(const KV& kv, int64_t place, int64_t position, int64_t length) {
         const int64_t end = std::min(length, last[count - 1] + 1 - position);
         // From a multiple of KEYS on, so that keys are taken together no matter which rows see them.
         const int64_t begin = std::max<int64_t>(0, last[0] + 1 - window - position) / KEYS * KEYS;
         for (int64_t at = begin; at < end; at += KEYS) {
             const int found = int(std::min<int64_t>(KEYS, end - at));
-            pack_keys<C, DIM>(from_keys + at * DIM, found, keys);
-            pack_values<DIM>(from_values + at * DIM, found, values, KEYS * PANEL);
+            if (kv.key_scales) {
+                pack<int8_t>(kv, place + at, found);
+                for (int k = 0; k < found; k++) {
+                    factors[k] = kv.key_scales[place + at + k] * factor;
+                    worths[k] = kv.value_scales[place + at + k];
+                }
+            } else {
+                pack<T>(kv, place + at, found);
+            }
             int v = 0;
             for (; v + TILE <= count; v += TILE) see_tile<TILE>(v, position + at, found);
             for (; v < count; v += REST) see_tile<REST>(v, position + at, found);
         }
+    }
+
+    template <typename S>
+    void pack(const KV& kv, int64_t place, int found) {
+        pack_keys<C, DIM>((const S*)kv.keys + place * DIM, found, keys);
+        pack_values<DIM>((const S*)kv.values + place * DIM, found, values, KEYS * PANEL);
     }
 
     template <int ROWS>
@@ -117,8 +135,8 @@ struct QueryBlock {
         alignas(64) C weights[ROWS][KEYS];
         for (int k = 0; k < columns; k += PANEL)
             multiply_tile<C, ROWS>(queries[v], DIM, keys + k * DIM, DIM, [&](int r, vf left, vf right) {
-                store(scores[r] + k, left * factor);
-                store(scores[r] + k + LANES, right * factor);
+                store(scores[r] + k, left * load(factors + k));
+                store(scores[r] + k + LANES, right * load(factors + k + LANES));
             });
         const bool whole = columns == found && last[v] + 1 - position >= found;
         const bool all_see_all = whole && last[v + ROWS - 1] + 1 - window <= position;
@@ -149,7 +167,7 @@ struct QueryBlock {
         }
     }
 
-    // Scores to weights 2^(score - maximum); what was summed under a smaller maximum before is scaled down.
+    // Scores to weights 2^(score - maximum), stored times what their values are worth; what was summed under a smaller maximum before is scaled down.
     void weigh(const float* scores, C* weights, int columns, int v) {
         vf highest = load(scores);
         for (int k = LANES; k < columns; k += LANES) highest = larger(highest, load(scores + k));
@@ -166,7 +184,7 @@ struct QueryBlock {
             const vf right = power_of_two<C>(load(scores + k + LANES) - top);
             sums += left;
             sums += right;
-            store_both(weights + k, left, right);
+            store_both(weights + k, left * load(worths + k), right * load(worths + k + LANES));
         }
         total[v] = sums;
     }

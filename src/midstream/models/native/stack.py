@@ -14,7 +14,7 @@ from torch import Tensor
 from midstream.models.deltas import DeltaContext
 from midstream.models.layer import FusedLayer
 from midstream.models.native import structs
-from midstream.models.native.attention import extent_arguments
+from midstream.models.native.attention import extent_arguments, kv_addresses
 from midstream.models.native.deltas import FactorTables, StepDeltas
 from midstream.models.native.products import PackedProduct
 from midstream.models.pool import ForwardPlan, KVPool
@@ -54,7 +54,7 @@ class NativeStack:
         self._distinct = frozenset(self._kinds)
         self._memory = torch.empty(0)
         self._pool: weakref.ref[KVPool] | None = None  # the memory of an engine that was closed is not kept
-        self._keys = self._values = (ctypes.c_void_p * 0)()
+        self._kv = (structs.KV * 0)()
 
     def __call__(self, x: Tensor, positions: tuple[Tensor, Tensor], plan: ForwardPlan, context: DeltaContext) -> bool:
         if not plan.attention.extents or not x.is_contiguous():
@@ -71,8 +71,7 @@ class NativeStack:
             sine.data_ptr(),
             plan.attention.write_slots.data_ptr(),
             ctypes.addressof(self._table),
-            ctypes.addressof(self._keys),
-            ctypes.addressof(self._values),
+            ctypes.addressof(self._kv),
             ctypes.addressof(attention),
             None if deltas is None else ctypes.addressof(deltas.deltas),
             *self._sizes(x, plan.pool),
@@ -85,13 +84,12 @@ class NativeStack:
     def _use(self, pool: KVPool) -> None:
         if self._pool is None or self._pool() is not pool:
             self._pool = weakref.ref(pool)
-            keys = [pool.keys[layer.index].data_ptr() for layer in self._layers]
-            values = [pool.values[layer.index].data_ptr() for layer in self._layers]
-            self._keys, self._values = (ctypes.c_void_p * len(keys))(*keys), (ctypes.c_void_p * len(keys))(*values)
+            kv = [kv_addresses(pool.layers[layer.index]) for layer in self._layers]
+            self._kv = (structs.KV * len(kv))(*kv)
 
     def _attention(self, plan: ForwardPlan, rows: int) -> ctypes.Array[ctypes.c_void_p]:
         """By layer: the address of its attention's arguments."""
-        keys, heads = plan.pool.keys[self._layers[0].index], self._layers[0].shape.heads
+        keys, heads = plan.pool.layers[self._layers[0].index].keys, self._layers[0].shape.heads
         addresses = {}
         for kind in self._distinct:
             call = plan.attention.extent_call(kind.window)

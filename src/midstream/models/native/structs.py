@@ -5,9 +5,15 @@ from __future__ import annotations
 import ctypes
 
 
+class KV(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("keys", "values", "key_scales", "value_scales"))
+
+
 class Attention(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("query", "keys", "values", "out", "scratch")),
+        ("query", ctypes.c_void_p),
+        ("kv", KV),
+        *((name, ctypes.c_void_p) for name in ("out", "scratch")),
         *((name, ctypes.c_void_p) for name in ("chunks", "rows", "merge_rows", "merge_first", "merge_partial")),
         *((name, ctypes.c_void_p) for name in ("blocks", "spans")),
         *((name, ctypes.c_int64) for name in ("num_chunks", "num_merged", "num_blocks", "batch_rows", "slots")),
@@ -28,7 +34,9 @@ class Norm(ctypes.Structure):
 
 class Rotary(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("qkv", "cosine", "sine", "query", "keys", "values", "write")),
+        *((name, ctypes.c_void_p) for name in ("qkv", "cosine", "sine", "query")),
+        ("kv", KV),
+        ("write", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("rows", "heads", "kv_heads", "dim", "slots")),
     )
 
@@ -75,7 +83,7 @@ class Layer(ctypes.Structure):
 class Forward(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "normed", "update", "qkv", "query", "attended", "both", "gated")),
-        *((name, ctypes.c_void_p) for name in ("cosine", "sine", "write", "layers", "keys", "values", "attention")),
+        *((name, ctypes.c_void_p) for name in ("cosine", "sine", "write", "layers", "kv", "attention")),
         ("deltas", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("num_layers", "rows", "hidden", "heads", "kv_heads", "dim", "slots")),
         ("width", ctypes.c_int64),

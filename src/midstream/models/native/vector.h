@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef __AVX512F__
+#ifdef __AVX__
 #include <immintrin.h>
 #endif
 
@@ -23,6 +23,7 @@ typedef float vf4 __attribute__((vector_size(16)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES)));
 typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
 typedef uint16_t vh __attribute__((vector_size(2 * LANES)));
+typedef int16_t vs __attribute__((vector_size(2 * LANES)));
 typedef int8_t vc __attribute__((vector_size(LANES)));
 
 // A bfloat16 is the upper half of a float32.
@@ -46,7 +47,15 @@ inline vf load(const bf16* from) {
 inline vf load(const int8_t* from) {
     vc whole;
     std::memcpy(&whole, from, sizeof whole);
-    return __builtin_convertvector(__builtin_convertvector(whole, vi), vf);
+#if defined(__AVX512F__)
+    // Asked for a conversion to numbers four times as wide, some compilers take the numbers one by one.
+    const vi wide = (vi)_mm512_cvtepi8_epi32((__m128i)whole);
+#elif defined(__AVX2__)
+    const vi wide = (vi)_mm256_cvtepi8_epi32(_mm_cvtsi64_si128((long long)whole));
+#else
+    const vi wide = __builtin_convertvector(__builtin_convertvector(whole, vs), vi);
+#endif
+    return __builtin_convertvector(wide, vf);
 }
 
 inline void store(float* to, vf v) { std::memcpy(to, &v, sizeof v); }
@@ -68,6 +77,17 @@ inline void store(bf16* to, vf v) {
     std::memcpy(to, &half, sizeof half);
 }
 #endif
+
+// Of at most 2^22: rounds to the nearest whole number, ties to even.
+inline void store(int8_t* to, vf v) {
+    const vi whole = (vi)(v + 12582912.0f) - 0x4b400000;  // 3 * 2^22: a float this large has no bits for less than one
+#ifdef __AVX512F__
+    const vc narrow = (vc)_mm512_cvtepi32_epi8((__m512i)whole);
+#else
+    const vc narrow = __builtin_convertvector(__builtin_convertvector(whole, vs), vc);
+#endif
+    std::memcpy(to, &narrow, sizeof narrow);
+}
 
 inline float one(const float* from) { return *from; }
 

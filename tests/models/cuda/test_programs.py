@@ -62,7 +62,7 @@ def test_attention_of_a_mixed_step(
     found = attend(query, LayerKV(keys, values), AttentionPlan(segments, dtype, DEVICE, rows), kernels, 0.2, window)
     exact = AttentionPlan(segments, torch.float32, torch.device("cpu"), rows)
     wide = [numbers.float().cpu() for numbers in (query, keys, values)]
-    near(found, attend(*wide, exact, TorchKernels(), 0.2, window), dtype)
+    near(found, attend(wide[0], LayerKV(*wide[1:]), exact, TorchKernels(), 0.2, window), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -116,8 +116,8 @@ def test_rotation_and_the_write_to_the_pool(kernels: CudaKernels, dim: int, dtyp
     slots = torch.tensor([7, 3, 4, 0, 9], device=DEVICE)
     before = random(2, kv_heads, 11, dim, seed=2).to(DEVICE, dtype)
     ours, exact = before.clone(), before.double()
-    query = kernels.rotate(qkv, cosine, sine, ours[0], ours[1], slots)
-    expected = TorchKernels().rotate(qkv.double(), cosine.double(), sine.double(), exact[0], exact[1], slots)
+    query = kernels.rotate(qkv, cosine, sine, LayerKV(*ours), slots)
+    expected = TorchKernels().rotate(qkv.double(), cosine.double(), sine.double(), LayerKV(*exact), slots)
     near(query, expected, dtype)
     near(ours, exact, dtype)
     others = [1, 2, 5, 6, 8, 10]

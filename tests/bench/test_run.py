@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from midstream.bench.model import ModelFacts
 from midstream.bench.run import Run
 from midstream.errors import InputError
 from midstream.session import Engine
@@ -35,10 +36,19 @@ def test_all_pieces_fill_the_report(engine: Engine) -> None:
         assert {len(values) for values in row["raw"].values()} == {2}
         assert len(row["figures"]) == 15
         assert row["share_of_bound"].keys() == {"label", "free"}
-    assert found["model"] == {"name": "tiny", "dtype": "float32", "device": "cpu"}
+    kinds = {"dtype": "float32", "weights": "float32", "kv": "float32"}
+    assert found["model"] == {"name": "tiny", **kinds, "device": "cpu"}
     assert found["machine"]["read_gb_per_s"] == 20.0
     assert "load_average_after" in found["machine"]
     assert found["left_out"] == []
+
+
+def test_eight_bit_keys_and_values_are_read_as_such() -> None:
+    """Heads of 8: twelve bytes for 32."""
+    with Engine(tiny_engine(tiny_llama(), kv_dtype="int8")) as engine:
+        run = Run(engine, [64], 1, rank=4)
+        assert run.report.model["kv"] == "int8"
+        assert ModelFacts.of(engine).token_bytes == SLOT * 12 // 32
 
 
 def test_the_trial_round_is_not_kept(engine: Engine) -> None:

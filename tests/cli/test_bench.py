@@ -70,6 +70,7 @@ def test_a_table_a_picture_and_all_measurements(bench: Bench, tmp_path: Path) ->
         (("--rounds", "0"), "rounds"),
         (("--rank", "0"), "rank"),
         (("--kv-mib", "0"), "kv-mib"),
+        (("--kv", "int4"), "'int4' is not one of 'int8'"),
         (("--json", "nowhere/b.json"), "--json: nowhere/b.json cannot be written"),
         (("--json", "."), "--json: . cannot be written"),
         (("--png", "nowhere/b.png"), "--png: nowhere/b.png cannot be written"),

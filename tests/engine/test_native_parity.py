@@ -103,7 +103,7 @@ def fused_engine(model: Any, kernels: Kernels, weights: WeightKind | None = None
     assert all(isinstance(layer, FusedLayer) for layer in decoder_layers(loaded))
     assert isinstance(loaded.model.model.layers[0], FusedStack) == isinstance(kernels, PackedKernels)
     assert loaded.extents == (type(kernels) is not TorchKernels)
-    return AsyncEngine(loaded, EngineConfig(kv_budget_bytes=8 * 1024**2, **config))
+    return AsyncEngine(loaded, EngineConfig(**{"kv_budget_bytes": 8 * 1024**2, **config}))
 
 
 @pytest.fixture

@@ -272,6 +272,29 @@ def test_several_rows_beyond_a_window_in_one_call(dtype: torch.dtype) -> None:
         check(stacked(name, dtype), Scene(segments_of(3, 1, 40)))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scene", SCENES)
+@pytest.mark.parametrize("name", ["llama with biases", "granite"])
+def test_eight_bit_keys_and_values(name: str, scene: str, dtype: torch.dtype) -> None:
+    """The first layer's are the same; of later ones, a number between two whole ones may go to either."""
+    model = stacked(name, dtype)
+    loaded, before = model.loaded, pool_of(model, 0)
+    pools = [KVPool(loaded.kv_shapes, SLOTS, loaded.dtype, loaded.device, "int8") for _ in range(2)]
+    for pool in pools:
+        for to, source in zip(pool.layers, before.layers, strict=True):
+            to.write(torch.arange(SLOTS), source.keys, source.values)
+    step = step_of(model, SCENES[scene])
+    found, expected = in_one_call(model, step, pools[0]), one_after_another(model, step, pools[1])
+    assert bool(expected.isfinite().all())
+    off = (found - expected).double().abs().max()
+    assert float(off / expected.double().abs().max()) < (5e-3 if dtype == torch.float32 else 4e-2)
+    for mine, theirs in zip(pools[0].layers[0], pools[1].layers[0], strict=True):
+        assert mine is not None
+        assert torch.equal(mine.nan_to_num(), theirs.nan_to_num())
+    whole = in_one_call(model, step, before)
+    assert not torch.equal(whole, found)
+
+
 # ---------------------------------------------------------------------- when the layers run one after the other
 
 

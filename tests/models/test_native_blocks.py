@@ -219,13 +219,14 @@ def test_scores_far_apart(size: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KV_KINDS)
 @pytest.mark.parametrize("place", [0, 40, 127, 128, 290, 310, 399])
-def test_a_nan_harms_the_rows_that_see_it(place: int, dtype: torch.dtype) -> None:
+def test_a_nan_harms_the_rows_that_see_it(place: int, kind: KVKind | None, dtype: torch.dtype) -> None:
     builder = ExtentBuilder()
     builder.add_block(0, 100, 300, [Span(0, 400, 0)])
     keys, values = (random(1, 400, 32, seed=i, dtype=dtype) for i in (1, 2))
     keys[0, place, 3] = float("nan")
-    found = native(dtype).attend(random(2, 100, 32, dtype=dtype), LayerKV(keys, values), builder.call(), 1.0)
+    found = native(dtype).attend(random(2, 100, 32, dtype=dtype), held(keys, values, kind), builder.call(), 1.0)
     seeing = max(0, place - 300)
     assert found[seeing:].isnan().all()
     assert found[:seeing].isfinite().all()

@@ -141,6 +141,7 @@ def test_what_does_not_finish_in_time_is_told_so(folder: Path) -> None:
         (["--tls-cert", "x.pem", "--tls-key", "y.pem"], "tls_cert"),
         (["--isolate-cache"], "api_keys"),
         (["--admin-key", ""], "admin_key"),
+        (["--kv", "int4"], "int8"),
         (["--api-key", ""], "api_keys"),
         (["--adapter-dir", "/nowhere"], "adapter_dir"),
         (["--config", "/nowhere.yaml"], "nowhere.yaml"),

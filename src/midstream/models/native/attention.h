@@ -143,7 +143,8 @@ inline void scale_by(float* numbers, const float* scales, int length) {
 
 // Scores to weights e^(score - maximum); what was summed under a smaller maximum before is scaled down.
 // Compiled once for all tiles, as the time of compiling is that of a first load.
-__attribute__((noinline)) void soften(float* scores, int length, float* result, int dim, float& maximum, float& total) {
+__attribute__((noinline)) inline void soften(float* scores, int length, float* result, int dim, float& maximum,
+                                             float& total) {
     for (int k = length; k < BLOCK; k++) scores[k] = -std::numeric_limits<float>::infinity();
     vf highest = load(scores);
     for (int k = LANES; k < BLOCK; k += LANES) highest = larger(highest, load(scores + k));

@@ -111,6 +111,7 @@ struct QueryBlock {
                     factors[k] = kv.key_scales[place + at + k] * factor;
                     worths[k] = kv.value_scales[place + at + k];
                 }
+                std::fill(worths + found, worths + KEYS, 0.0f);  // nothing that is no number stays from others
             } else {
                 pack<T>(kv, place + at, found);
             }
@@ -167,7 +168,8 @@ struct QueryBlock {
         }
     }
 
-    // Scores to weights 2^(score - maximum), stored times what their values are worth; what was summed under a smaller maximum before is scaled down.
+    // Scores to weights 2^(score - maximum), which are stored times what their values are worth; what was summed under a
+    // smaller maximum before is scaled down.
     void weigh(const float* scores, C* weights, int columns, int v) {
         vf highest = load(scores);
         for (int k = LANES; k < columns; k += LANES) highest = larger(highest, load(scores + k));

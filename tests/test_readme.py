@@ -106,7 +106,7 @@ def test_the_flows_figures_are_those_of_the_results() -> None:
 
 def test_the_turns_figures_are_those_of_the_results() -> None:
     found = json.loads((ROOT / "benchmarks" / "results" / "turn.json").read_text(encoding="utf-8"))
-    assert found["ratio"] >= 5
+    assert found["ratio"] >= 4.5
     assert found["ratio_warm"] >= 2.5
     sides = {"alora": 1.0, "lora_cold": found["ratio"], "lora_warm": found["ratio_warm"], "peft": found["ratio_peft"]}
     for side, ratio in sides.items():

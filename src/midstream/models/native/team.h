@@ -1,7 +1,7 @@
 // A team of threads that do the parts of one step together.
 //
-// Not OpenMP's own loops and barriers: a step has hundreds, and where a process has more OpenMP threads than cores (two
-// engines, or torch at work in another thread) libgomp puts threads to sleep at each of them.
+// Not OpenMP's own loops and barriers: a step has hundreds, and how libgomp waits at each depends on how many threads
+// the whole process has. Here threads spin, and give their core away when they have waited long.
 #pragma once
 
 #include <omp.h>

@@ -11,11 +11,16 @@ from midstream.models.load import LoadedModel
 from midstream.types import Request, SamplingParams
 from tests.reference import logits
 
+_EXACT = 1e-3
+
 
 async def check(
-    model: Any, loaded: LoadedModel, step_tokens: int = 512, *, within: float = 1e-3, **config: Any
+    model: Any, loaded: LoadedModel, step_tokens: int = 512, *, within: float = _EXACT, **config: Any
 ) -> None:
-    """Prefill, reuse, branches and decode, each token's logits. `config`: more settings of the engine."""
+    """Prefill, reuse, branches and decode, each token's logits. `config`: more settings of the engine.
+
+    Tokens are the reference's own; with a wider bound than float32's, any that is within it of the best.
+    """
     prefix = tuple((13 * i + 5) % 310 + 4 for i in range(70))
     branches = [prefix + tuple(range(k, k + 4 + k // 20)) for k in (20, 60, 200)]
     engine = AsyncEngine(loaded, EngineConfig(kv_budget_bytes=4 * 1024**2, max_step_tokens=step_tokens, **config))
@@ -29,7 +34,8 @@ async def check(
             assert answer.choices[0].logprobs is not None
             for i, found in enumerate(answer.choices[0].logprobs):
                 row = table[len(prompt) - 1 + i]
-                assert float(row.max() - row[found.token_id]) < within
+                near_tie = within > _EXACT and float(row.max() - row[found.token_id]) < within
+                assert near_tie or found.token_id == int(row.argmax())
                 assert all(abs(float(row[other.token_id]) - other.logprob) < within for other in found.top)
         await engine.check_integrity()
     finally:

@@ -40,7 +40,12 @@ void product(const Weight& w, const void* x, void* y, int64_t rows, int32_t thre
 
 template <typename T>
 void add_deltas(const Deltas& d, const Weight& w, const void* x, void* y, int32_t threads) {
-    with_team(threads, [&](Team& team) { ProductDeltas<T>(d, 0, w).add(team, (const T*)x, (T*)y); });
+    const ProductDeltas<T> deltas(d, 0, w);
+    with_team(threads, [&](Team& team) {
+        deltas.down(team, (const T*)x);
+        team.wait();
+        deltas.up(team, (T*)y);
+    });
 }
 
 }  // namespace

@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--dtype", default=None)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    with Engine.load(dtype=arguments.dtype) as engine:
+    with Engine.load(dtype=arguments.dtype, wait_for_kernels=True) as engine:
         facts = ModelFacts.of(engine)
         rows = []
         for depth in (int(d) for d in arguments.depths.split(",")):

@@ -20,7 +20,7 @@ class MidstreamSide:
 
     def load(self, setup: Setup) -> dict[str, Any]:
         config = EngineConfig(kv_budget_bytes=setup.kv_bytes)
-        self._engine = Engine.load(setup.model, config=config, dtype=setup.dtype)
+        self._engine = Engine.load(setup.model, config=config, dtype=setup.dtype, wait_for_kernels=True)
         for name, folder in setup.adapters.items():
             self._engine.load_adapter(folder, name=name)
         return {"version": version("midstream"), "format": setup.dtype, "adapters": "alora"}

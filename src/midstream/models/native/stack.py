@@ -19,8 +19,6 @@ from midstream.models.native.deltas import FactorTables, StepDeltas
 from midstream.models.native.products import PackedProduct
 from midstream.models.pool import ForwardPlan, KVPool
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 1}
-
 
 def can_stack(layers: Sequence[FusedLayer]) -> bool:
     """Whether the layers are alike, and all their products ones that the kernels compute."""
@@ -78,7 +76,7 @@ class NativeStack:
             self._layers[0].residual_scale,
             torch.get_num_threads(),
         )
-        self._run(byref(forward), _TYPES[x.dtype])
+        self._run(byref(forward))
         return True
 
     def _use(self, pool: KVPool) -> None:

@@ -44,6 +44,7 @@ class TorchProduct(ABC):
     """A product by torch, from which what it multiplies with can be had again: other kernels may take it over."""
 
     in_features: int
+    dtype: torch.dtype  # of the weight that it was made of
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor: ...
@@ -56,7 +57,7 @@ class PlainProduct(TorchProduct):
     """For every device and type."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.in_features = weight.shape[1]
+        self.in_features, self.dtype = weight.shape[1], weight.dtype
         self._weight = weight
         self._bias = bias
 
@@ -71,7 +72,7 @@ class OneDnnProduct(TorchProduct):
     """With a weight that is laid out once for oneDNN, which halves the time of products with few rows."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.in_features = weight.shape[1]
+        self.in_features, self.dtype = weight.shape[1], weight.dtype
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _EXPECTED_ROWS)
         self._bias = bias
 
@@ -91,7 +92,7 @@ class WideProduct(TorchProduct):
     """Another product, with its result in float32."""
 
     def __init__(self, product: TorchProduct) -> None:
-        self.in_features = product.in_features
+        self.in_features, self.dtype = product.in_features, product.dtype
         self._product = product
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -105,7 +106,7 @@ class Int8Product(TorchProduct):
     """Half of bfloat16's memory, on every device; as fast as its products only with kernels of our own."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.in_features = weight.shape[1]
+        self.in_features, self.dtype = weight.shape[1], weight.dtype
         self._weight = quantized(weight)
         self._bias = bias
 

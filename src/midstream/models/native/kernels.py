@@ -52,14 +52,14 @@ class NativeKernels(TorchKernels):
         return dim in self._dims
 
     def product(self, weight: Tensor, bias: Tensor | None, kind: WeightKind | None, *, wide: bool = False) -> Product:
-        if not self._packs(weight.shape[1]):
+        if weight.dtype != self._dtype or not self._packs(weight.shape[1]):
             return super().product(weight, bias, kind, wide=wide)
         return self._packed(Held(weight if kind is None else quantized(weight), bias, wide))
 
     def repacked(self, product: Product) -> Product:
-        if not isinstance(product, TorchProduct) or not self._packs(product.in_features):
+        if not isinstance(product, TorchProduct) or product.dtype != self._dtype:
             return product
-        return self._packed(product.held())
+        return self._packed(product.held()) if self._packs(product.in_features) else product
 
     def _packs(self, depth: int) -> bool:
         """Whether products of this depth are worth it on this processor."""
@@ -69,12 +69,16 @@ class NativeKernels(TorchKernels):
         return PackedProduct(self._library, self._dtype, held)
 
     def stack(self, layers: Sequence[Any]) -> StackRun | None:
-        return NativeStack(self._library, layers) if can_stack(layers) else None
+        return NativeStack(self._library, self._dtype, layers) if can_stack(layers) else None
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if x.dtype != self._dtype:
+            return super().norm(x, weight, eps)
         return self._norm(x, None, 0.0, weight, eps)
 
     def add_norm(self, x: Tensor, update: Tensor, alpha: float, weight: Tensor, eps: float) -> Tensor:
+        if x.dtype != self._dtype:
+            return super().add_norm(x, update, alpha, weight, eps)
         return self._norm(x, update, alpha, weight, eps)
 
     def _norm(self, x: Tensor, update: Tensor | None, alpha: float, weight: Tensor, eps: float) -> Tensor:
@@ -87,7 +91,7 @@ class NativeKernels(TorchKernels):
 
     def rotate(self, qkv: Tensor, cosine: Tensor, sine: Tensor, kv: LayerKV, slots: Tensor) -> Tensor:
         kv_heads, num_slots, dim = kv.keys.shape
-        if dim not in HEAD_DIMS:
+        if dim not in HEAD_DIMS or qkv.dtype != self._dtype:
             return super().rotate(qkv, cosine, sine, kv, slots)
         rows = qkv.shape[0]
         heads = qkv.shape[1] // dim - 2 * kv_heads
@@ -99,6 +103,8 @@ class NativeKernels(TorchKernels):
         return query
 
     def gated(self, both: Tensor) -> Tensor:
+        if both.dtype != self._dtype:
+            return super().gated(both)
         rows, width = both.shape[0], both.shape[1] // 2
         out = both.new_empty(rows, width)
         self._gated(both.data_ptr(), out.data_ptr(), rows, width, torch.get_num_threads())
@@ -107,6 +113,8 @@ class NativeKernels(TorchKernels):
     def attend(self, query: Tensor, kv: LayerKV, call: ExtentCall, scale: float) -> Tensor:
         query = query.contiguous()  # transformers' own layers give it as a transposed view
         heads, rows, dim = query.shape
+        if query.dtype != self._dtype:
+            raise RuntimeError(f"kernels for {self._dtype} do not attend in {query.dtype}")
         arguments = extent_arguments(call, kv.keys, heads, rows, scale)
         out = query.new_empty(rows, heads, dim)
         arguments.query, arguments.out, arguments.kv = query.data_ptr(), out.data_ptr(), kv_addresses(kv)
@@ -115,7 +123,7 @@ class NativeKernels(TorchKernels):
         return out
 
     def add_deltas(self, x: Tensor, y: Tensor, context: DeltaContext, parts: Sequence[Part]) -> bool:
-        if x.shape[1] % depth_step(x.dtype):
+        if x.dtype != self._dtype or x.shape[1] % depth_step(x.dtype):
             return False
         # By all parts: models of one family have layers of the same names, joined in one and not in another.
         key = tuple(parts)

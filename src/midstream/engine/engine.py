@@ -27,6 +27,7 @@ from midstream.engine.reader import RequestReader
 from midstream.engine.request import Job, Outcome
 from midstream.engine.runner import Runner
 from midstream.engine.scheduler import Scheduler
+from midstream.engine.upgrade import KernelUpgrade
 from midstream.errors import Cancelled, DeadlineExceeded, MidstreamError, ModelError
 from midstream.models.chat import ChatTokenizer
 from midstream.models.load import LoadedModel, load_model
@@ -73,6 +74,7 @@ class AsyncEngine:
         )
         runner = Runner(loaded, tree.num_slots, self._core.weights_of, config.kv_dtype)
         self._loop = EngineLoop(self._core, runner)
+        self._upgrade = KernelUpgrade(loaded, self._loop)
         self._ids = itertools.count(1)
 
     @classmethod
@@ -84,14 +86,18 @@ class AsyncEngine:
         dtype: str | None = None,
         device: str | None = None,
         weights: str | None = None,
+        wait_for_kernels: bool = False,
         progress: bool = False,
     ) -> AsyncEngine:
         """Load a model (a known name, a Hugging Face folder or hub id, a GGUF file).
 
-        Raises ModelError when it cannot be, or not with this configuration.
+        On a machine that has no kernels compiled yet, it answers on torch's until they are there; `wait_for_kernels`,
+        for what is measured or compared, waits for them here. Raises ModelError when it cannot be loaded, or not with
+        this configuration.
         """
+        options = {"dtype": dtype, "device": device, "weights": weights}
         return cls(
-            apart(lambda: load_model(model, dtype=dtype, device=device, weights=weights, progress=progress)), config
+            apart(lambda: load_model(model, **options, wait_for_kernels=wait_for_kernels, progress=progress)), config
         )
 
     @property

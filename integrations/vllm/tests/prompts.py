@@ -46,7 +46,7 @@ def conversations(tokenizer: Any) -> list[list[int]]:
     found = []
     for number, (first, answer, question) in enumerate(_TURNS):
         turns = [{"role": "user", "content": first}, {"role": "assistant", "content": answer}]
-        turns = turns * (1 + number // 2) + [{"role": "user", "content": question}]
+        turns = turns * (1 + number // 4) + [{"role": "user", "content": question}]
         found.append(list(tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)))
     quoted = invocation(ALORAS[0])
     found[3] = [*found[3][:20], *quoted, *found[3][20:]]

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +17,7 @@ from typing import Any
 import httpx
 from benchmarks.peers_build import Builder
 from benchmarks.peers_process import Worker
-
-from prompts import ROOT
-
-PLUGIN = ROOT / "integrations" / "vllm"
+from benchmarks.vllm_plugin import PLUGIN, plugin_environment
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,18 +37,9 @@ class Vllm:
 
     def environment(self) -> dict[str, str]:
         """The process's environment. The plugin is the checkout's, and is found as an installed one is."""
-        metadata = self.scratch / "metadata"
-        info = metadata / "midstream_vllm-0.dist-info"
-        info.mkdir(parents=True, exist_ok=True)
-        project = tomllib.loads((PLUGIN / "pyproject.toml").read_text())["project"]
-        (info / "METADATA").write_text(f"Metadata-Version: 2.4\nName: {project['name']}\nVersion: 0\n")
-        groups = project["entry-points"].items()
-        lines = [f"[{group}]\n{name} = {value}\n" for group, names in groups for name, value in names.items()]
-        (info / "entry_points.txt").write_text("\n".join(lines))
         threads = min(2, os.cpu_count() or 1)
         return {
-            "PYTHONPATH": f"{PLUGIN / 'src'}:{metadata}:{ROOT}",
-            "MIDSTREAM_VLLM_ADAPTERS": str(self.scratch / "adapters"),
+            **plugin_environment(self.scratch),
             "OMP_NUM_THREADS": str(threads),
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}",

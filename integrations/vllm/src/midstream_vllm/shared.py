@@ -41,7 +41,7 @@ def rewritten(source: str) -> str:
         for name in names:
             parent, _, last = name.rpartition(".")
             if name.split(".")[0] == "midstream" or (parent == PRIVATE and last not in MODULES):
-                raise ValueError(f"line {node.lineno} imports {name}, which this package does not have")
+                raise ValueError(f"it imports {name}, which this package does not have")
     return text
 
 

@@ -1,4 +1,4 @@
-"""vLLM with the plugin of integrations/vllm: what an adapter call costs deep in a conversation, and what the plugin does.
+"""vLLM with the plugin of integrations/vllm: what an adapter call costs deep in a conversation, and the plugin itself.
 
 Time to first token of an aLoRA and of the same weights as a plain LoRA, after the base model has read the conversation;
 and the base model's throughput with the plugin and without it, both with LoRA enabled. All is interleaved, and no two
@@ -26,7 +26,7 @@ from benchmarks.peers_process import Worker
 from benchmarks.peers_protocol import Call
 from benchmarks.turn_sides import plain_copies
 from midstream.library import library_folder
-from midstream.models.source import cache_folder
+from midstream.models.source import DEFAULT_MODEL, resolve
 
 ADAPTER = "certainty"
 GOALS = {500: 5, 1500: 10, 3000: 20, 6000: 30}  # by how much an aLoRA's first token comes sooner
@@ -36,8 +36,8 @@ _STREET = "The ferry leaves the harbour at seven, passes the two islands and com
 
 def main() -> None:
     options = _options()
-    model = cache_folder() / "models" / "smollm2-135m-instruct"
-    library = library_folder("smollm2-135m-instruct")
+    model = resolve(DEFAULT_MODEL, progress=True)
+    library = library_folder(DEFAULT_MODEL)
     if library is None:
         raise SystemExit("run from a checkout: the benchmark needs library/")
     with tempfile.TemporaryDirectory() as folder:

@@ -14,7 +14,7 @@ from benchmarks.peers_protocol import Absent
 from tests.reference import logits, peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from midstream.models.source import cache_folder
+from midstream.models.source import DEFAULT_MODEL, resolve
 from prompts import LIBRARY, NUMBERS
 from serving import Vllm
 
@@ -37,7 +37,7 @@ SMALL = {
 
 @pytest.fixture(scope="session")
 def model_folder() -> str:
-    return str(cache_folder() / "models" / "smollm2-135m-instruct")
+    return str(resolve(DEFAULT_MODEL))
 
 
 @pytest.fixture(scope="session")

@@ -151,9 +151,7 @@ class AsyncEngine:
         return outcome
 
     async def tokenize(self, prompt: str | Chat, *, header: bool = True) -> tuple[int, ...]:
-        if isinstance(prompt, str):
-            return await asyncio.to_thread(self.chat.encode, prompt)
-        return await asyncio.to_thread(self.chat.prompt if header else self.chat.history, prompt)
+        return await asyncio.to_thread(self.chat.of, prompt, header=header)
 
     async def adapters(self) -> tuple[AdapterInfo, ...]:
         return self.adapter_infos()

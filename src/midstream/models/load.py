@@ -25,7 +25,7 @@ from midstream.models.linear import wrap_linears
 from midstream.models.native.kernels import pick_kernels
 from midstream.models.pool import AttentionShape, ForwardPlan, KVPool, ProbePool
 from midstream.models.products import WeightKind, can_pack
-from midstream.models.source import loading_bars, resolve
+from midstream.models.source import loading_bars, name_of, resolve
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PROBE_TOKENS = 12
@@ -80,8 +80,7 @@ def load_model(
     chat = ChatTokenizer.from_folder(folder)
     with loading_bars(progress):
         network = _from_folder(folder, kind)
-    name = Path(str(model)).stem if Path(model).exists() else str(model)
-    return prepare(network.to(target), chat, name=name, weights=rounded)
+    return prepare(network.to(target), chat, name=name_of(model), weights=rounded)
 
 
 def prepare(

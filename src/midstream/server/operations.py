@@ -117,7 +117,7 @@ def _tokens(service: Service, body: TokenizeBody) -> tuple[int, ...]:
     adapter, template_arguments = service.chosen(body.model, body.chat_template_kwargs)
     tokenizer = service.engine.chat
     if body.chat is not None:
-        return (tokenizer.prompt if body.add_generation_prompt else tokenizer.history)(body.chat)
+        return tokenizer.of(body.chat, header=body.add_generation_prompt)
     if body.messages is None:
         return tokenizer.encode(body.prompt or "")
     chat = chat_of(body.messages, body.documents, body.tools, template_arguments)

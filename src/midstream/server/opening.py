@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from midstream.config import ServerConfig
+from midstream.engine.engine import AsyncEngine
 from midstream.models.chat import ChatTokenizer
 from midstream.models.source import name_of, resolve
 from midstream.remote import RemoteBackend
@@ -34,9 +35,6 @@ def open_engine(config: ServerConfig, *, progress: bool = False) -> Opened:
 
 
 def _embedded(config: ServerConfig, progress: bool) -> ServedEngine:
-    # torch takes seconds to import, and a server in front of another one needs none of it.
-    from midstream.engine.engine import AsyncEngine
-
     engine = AsyncEngine.load(
         config.model,
         config=config.engine(),

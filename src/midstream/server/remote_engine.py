@@ -9,8 +9,9 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
+from midstream.engine.core import CacheView
 from midstream.errors import BackendError, EngineStopped, MidstreamError, ModelError, Unsupported
 from midstream.models.chat import ChatTokenizer
 from midstream.remote import RemoteBackend
@@ -20,12 +21,9 @@ from midstream.remote.folders import read_folder
 from midstream.remote.load import Load
 from midstream.types import AdapterInfo, Chat, Completion, Delta, Request, Score
 
-if TYPE_CHECKING:
-    from midstream.engine.core import CacheView
-
 log = logging.getLogger("midstream.server")
 
-_LOOK_EVERY_S = 2.0
+_LOOK_EVERY_S = 5.0
 _PATIENCE_S = 5.0
 # Failing requests have the server looked at at once, but not more often than that.
 _REST_S = 0.2
@@ -34,7 +32,7 @@ _REST_S = 0.2
 class RemoteEngine:
     """A running server (midstream, or vLLM) as a ServedEngine.
 
-    It is asked what it serves when this is entered and then every two seconds, and at once when a request has failed.
+    It is asked what it serves when this is entered and then every five seconds, and at once when a request has failed.
     While it is down, requests fail with BackendError, `fault` says why, and its adapters are those it had. `closing`
     ends what was started for this alone.
     """

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import Protocol, Self
 
+from midstream.engine.core import CacheView
 from midstream.errors import MidstreamError
 from midstream.models.chat import ChatTokenizer
 from midstream.types import AdapterInfo, Chat, Completion, Delta, Request, Score
-
-if TYPE_CHECKING:
-    # torch with it, which a server in front of another one does not need.
-    from midstream.engine.core import CacheView
 
 
 class Occupancy(Protocol):

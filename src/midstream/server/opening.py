@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+import logging
+import os
+import secrets
+import shlex
+import socket
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from rich.console import Console
 
 from midstream.config import ServerConfig
 from midstream.engine.engine import AsyncEngine
@@ -18,20 +25,30 @@ from midstream.server.folders import adapter_folders, load_adapters
 from midstream.server.local_tokens import LocalTokens
 from midstream.server.remote_engine import RemoteEngine
 from midstream.server.served import ServedEngine
+from midstream.server.vllm.command import Launch
+from midstream.server.vllm.environment import find_environment
+from midstream.server.vllm.process import ChildServer
+from midstream.types import AdapterInfo
+
+log = logging.getLogger("midstream.server")
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """An engine to serve, not yet entered."""
+    """An engine to serve, not yet entered. `child`: a process that was started for it, and ends with it."""
 
     engine: ServedEngine
+    child: ChildServer | None = None
 
 
 def open_engine(config: ServerConfig, *, progress: bool = False) -> Opened:
     """The engine of the settings. Raises what it raises when it cannot be loaded."""
     if config.backend is None:
         return Opened(_embedded(config, progress))
-    return Opened(_remote(config, progress))
+    if config.backend == "vllm":
+        return _vllm(config, progress)
+    key = None if config.backend_key is None else config.backend_key.get_secret_value()
+    return Opened(_remote(config, _read_model(config, progress, weights=False), config.backend, key))
 
 
 def _embedded(config: ServerConfig, progress: bool) -> ServedEngine:
@@ -51,21 +68,59 @@ def _embedded(config: ServerConfig, progress: bool) -> ServedEngine:
     return engine
 
 
-def _remote(config: ServerConfig, progress: bool) -> ServedEngine:
-    assert config.backend is not None
-    folder = resolve(config.model, progress=progress, weights=False)
-    key = None if config.backend_key is None else config.backend_key.get_secret_value()
-    return remote_engine(config, folder, adapter_folders(config, name_of(config.model)), config.backend, key)
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """What is read here of a model that is computed elsewhere."""
+
+    name: str
+    folder: Path
+    chat: ChatTokenizer
+    adapters: list[AdapterInfo]
 
 
-def remote_engine(
-    config: ServerConfig, folder: Path, adapters: Mapping[str, Path], url: str, key: str | None
-) -> RemoteEngine:
-    """The server at `url` with the tokenizer of the model in `folder`, and adapters as their folders describe them."""
+def _read_model(config: ServerConfig, progress: bool, *, weights: bool) -> _Model:
+    folder, name = resolve(config.model, progress=progress, weights=weights), name_of(config.model)
     chat = ChatTokenizer.from_folder(folder)
-    infos = [read_folder(path, name=name, encode=chat.encode) for name, path in adapters.items()]
-    backend = RemoteBackend(url, api_key=key, adapters=infos, tokens=LocalTokens(chat), look_up=False)
-    return RemoteEngine(backend, chat, model_name=name_of(config.model), vocab_size=_vocab_size(folder, chat))
+    folders = adapter_folders(config, name)
+    infos = [read_folder(path, name=adapter, encode=chat.encode) for adapter, path in folders.items()]
+    return _Model(name, folder, chat, infos)
+
+
+def _remote(
+    config: ServerConfig,
+    model: _Model,
+    url: str,
+    key: str | None,
+    closing: Callable[[], Awaitable[None]] | None = None,
+) -> RemoteEngine:
+    backend = RemoteBackend(url, api_key=key, adapters=model.adapters, tokens=LocalTokens(model.chat), look_up=False)
+    return RemoteEngine(
+        backend, model.chat, model_name=model.name, vocab_size=_vocab_size(model.folder, model.chat), closing=closing
+    )
+
+
+def _vllm(config: ServerConfig, progress: bool) -> Opened:
+    environment = find_environment(config.vllm_python)
+    model = _read_model(config, progress, weights=True)
+    launch = Launch(environment, model.folder, model.name, model.adapters, _free_port(), secrets.token_urlsafe(32))
+    command = launch.command(config)
+    log.info("starting vLLM %s: %s", environment.version, shlex.join(command))
+    child = ChildServer(command, launch.variables(config, os.environ))
+    try:
+        # Where the log goes to a file, nothing else would show that something happens.
+        shown = progress and config.log_file is not None
+        with Console(stderr=True, quiet=not shown).status("starting vLLM"):
+            child.wait_ready(launch.url)
+        return Opened(_remote(config, model, launch.url, launch.key, child.aclose), child)
+    except BaseException:
+        child.close()
+        raise
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _vocab_size(folder: Path, chat: ChatTokenizer) -> int:

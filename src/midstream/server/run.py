@@ -52,7 +52,11 @@ async def _serve(opened: Opened, config: ServerConfig) -> None:
             ),
             app.state.service,
         )
+        if opened.child is not None:
+            opened.child.when_dead(server.stop)
         await server.serve()
+    if opened.child is not None and opened.child.death is not None:
+        raise opened.child.death
 
 
 class GracefulServer(uvicorn.Server):
@@ -66,6 +70,11 @@ class GracefulServer(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._service.draining = True
         super().handle_exit(sig, frame)
+
+    def stop(self) -> None:
+        """As on a signal: end well. May be called in any thread."""
+        self._service.draining = True
+        self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

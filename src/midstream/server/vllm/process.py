@@ -26,7 +26,7 @@ _LEVEL = re.compile(r"\b(WARNING|ERROR|CRITICAL)\b")
 
 
 class ChildServer:
-    """A command that serves HTTP. Its output goes to the log line by line. It ends when this process does, in any way."""
+    """A command that serves HTTP. Its output goes to the log line by line. It ends when this process does."""
 
     def __init__(self, command: Sequence[str], variables: Mapping[str, str]) -> None:
         self._process = subprocess.Popen(
@@ -39,6 +39,7 @@ class ChildServer:
         )
         self._last: deque[str] = deque(maxlen=_LAST_LINES)
         self._ending = False
+        self._died = False
         self._on_death: Callable[[], None] | None = None
         self._reader = threading.Thread(target=self._read, name="midstream-child", daemon=True)
         self._reader.start()
@@ -46,13 +47,12 @@ class ChildServer:
     @property
     def death(self) -> BackendError | None:
         """How it ended of its own; None while it runs, and where it was ended from here."""
-        status = self._process.poll()
-        if status is None or self._ending:
+        if not self._died:
             return None
-        self._reader.join(1.0)
         last = " | ".join(self._last) or "it wrote nothing"
         return BackendError(
-            f"vLLM ended with status {status}, and is not started again by itself. Its last lines: {last}"
+            f"vLLM ended with status {self._process.returncode}, and is not started again by itself. "
+            f"Its last lines: {last}"
         )
 
     def wait_ready(self, url: str) -> None:
@@ -97,5 +97,6 @@ class ChildServer:
                     found = _LEVEL.search(line)
                     log.log(logging.getLevelNamesMapping()[found[1]] if found else logging.INFO, "%s", line)
         self._process.wait()
-        if self._on_death is not None and not self._ending:
+        self._died = not self._ending
+        if self._died and self._on_death is not None:
             self._on_death()

@@ -34,7 +34,9 @@ def main(command: list[str]) -> int:
 
 
 def _when_alone(child: subprocess.Popen[bytes]) -> None:
-    sys.stdin.buffer.read()
+    # Not through sys.stdin, whose lock this would hold when the interpreter ends.
+    while os.read(sys.stdin.fileno(), 1024):
+        pass
     _end(child)
 
 

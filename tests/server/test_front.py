@@ -280,6 +280,17 @@ async def test_the_cache_of_another_server_is_not_shown(link: Link) -> None:
         assert answer.json()["error"]["code"] == "not_supported"
 
 
+async def test_a_server_that_turns_this_one_away_does_not_turn_its_callers_away(engine: AsyncEngine) -> None:
+    link = Link(create_app(engine, ServerConfig(library=False, api_keys=["right"])))
+    async with serving(front_of(FAR, transport=link, api_key="wrong")) as client:
+        assert "--backend-key" in (await status(client, 503))["error"]["message"]
+        assert "--backend-key" in await refused(client, 502, "backend_error")
+    async with serving(front_of(FAR, transport=link, api_key="right"), api_keys=["mine"]) as client:
+        await refused(client, 401, "invalid_api_key")
+        client.headers["Authorization"] = "Bearer mine"
+        assert (await client.post("/v1/chat/completions", json=BODY)).status_code == 200
+
+
 async def test_nothing_is_known_before_the_server_was_asked(link: Link) -> None:
     engine = front_of(FAR, transport=link)
     with pytest.raises(BackendError, match="not been asked"):

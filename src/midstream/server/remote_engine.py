@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Self
 
 from midstream.engine.core import CacheView
-from midstream.errors import BackendError, EngineStopped, MidstreamError, ModelError, Unsupported
+from midstream.errors import (
+    BackendError,
+    EngineStopped,
+    Forbidden,
+    MidstreamError,
+    ModelError,
+    Unauthorized,
+    Unsupported,
+)
 from midstream.models.chat import ChatTokenizer
 from midstream.remote import RemoteBackend
 from midstream.remote.catalogue import Catalogue
@@ -186,6 +194,8 @@ class RemoteEngine:
                     await self._compare()
             self._now(None)
             self._tell(self._known)
+        except (Unauthorized, Forbidden) as error:
+            self._now(_turned_away(error))
         except MidstreamError as error:
             self._now(error)
         except TimeoutError:
@@ -251,8 +261,16 @@ class RemoteEngine:
         except (BackendError, EngineStopped):
             self._look.set()
             raise
+        except (Unauthorized, Forbidden) as error:
+            self._look.set()
+            raise _turned_away(error) from error
         finally:
             self._open.discard(timeout)
+
+
+def _turned_away(error: MidstreamError) -> BackendError:
+    """It is this server that is turned away, not who sends it requests."""
+    return BackendError(f"{error} (said to this server: is --backend-key the right one?)")
 
 
 def _ended() -> EngineStopped:

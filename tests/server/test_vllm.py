@@ -231,9 +231,10 @@ def test_one_that_dies_is_told_once_with_its_last_lines(child: ChildServer, port
     assert child.death is not None
 
 
-def test_one_that_does_not_come_up() -> None:
-    child = ChildServer([sys.executable, "-c", "raise SystemExit('no room for the model')"], {})
-    with pytest.raises(BackendError, match=r"status 1.*no room for the model"):
+def test_one_that_does_not_come_up_says_what_came_first() -> None:
+    program = "print('ValueError: no room for the model'); print('at a place\\n' * 20); raise SystemExit('see above')"
+    child = ChildServer([sys.executable, "-u", "-c", program], {})
+    with pytest.raises(BackendError, match=r"status 1.*ValueError: no room for the model.*see above"):
         child.wait_ready("http://127.0.0.1:9")
     child.close()
 

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import httpx
@@ -21,7 +21,11 @@ from midstream.server.vllm import keeper
 log = logging.getLogger("midstream.vllm")
 
 _POLL_S = 0.25
-_LAST_LINES = 12
+_KEPT_LINES = 200
+_LAST_LINES = 3
+# What went wrong first is far above the end of a log of several processes.
+_CAUSES = 2
+_CAUSE = re.compile(r"\b\w+(Error|Exception): \S")
 _LEVEL = re.compile(r"\b(WARNING|ERROR|CRITICAL)\b")
 
 
@@ -37,7 +41,7 @@ class ChildServer:
             stderr=subprocess.STDOUT,
             start_new_session=True,  # an interrupt from the keyboard is for the server alone, which then ends this
         )
-        self._last: deque[str] = deque(maxlen=_LAST_LINES)
+        self._last: deque[str] = deque(maxlen=_KEPT_LINES)
         self._ending = False
         self._died = False
         self._on_death: Callable[[], None] | None = None
@@ -49,10 +53,9 @@ class ChildServer:
         """How it ended of its own; None while it runs, and where it was ended from here."""
         if not self._died:
             return None
-        last = " | ".join(self._last) or "it wrote nothing"
         return BackendError(
             f"vLLM ended with status {self._process.returncode}, and is not started again by itself. "
-            f"Its last lines: {last}"
+            f"Of its last lines: {_telling(self._last) or 'it wrote nothing'}"
         )
 
     def wait_ready(self, url: str) -> None:
@@ -100,3 +103,10 @@ class ChildServer:
         self._died = not self._ending
         if self._died and self._on_death is not None:
             self._on_death()
+
+
+def _telling(lines: Iterable[str]) -> str:
+    """The first causes among lines, and the last ones."""
+    each = list(lines)
+    causes = [line for line in each[:-_LAST_LINES] if _CAUSE.search(line)]
+    return " | ".join([*list(dict.fromkeys(causes))[:_CAUSES], *each[-_LAST_LINES:]])

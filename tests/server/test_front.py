@@ -193,20 +193,39 @@ async def test_keys_are_kept_apart_there_too(link: Link) -> None:
     assert len({body["cache_salt"] for body in link.bodies}) == 2
 
 
-async def test_another_model_there_is_refused(engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    def answer(request: httpx.Request) -> httpx.Response:
-        if request.url.path == "/v1/models":
-            return httpx.Response(200, json={"data": [{"id": "other", "max_model_len": 99}]})
-        return httpx.Response(200, json={"tokens": [1, 2, 3]})
+@pytest.mark.parametrize("differs", ["tokenizer", "chat template"])
+async def test_another_model_there_is_refused(engine: AsyncEngine, differs: str) -> None:
+    there = VllmShaped(engine)
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        response = await there.transport.handle_async_request(request)
+        if request.url.path == "/tokenize" and ("prompt" in json.loads(request.content)) == (differs == "tokenizer"):
+            return httpx.Response(200, json={"tokens": [1, 2, 3]})
+        return response
 
     def other() -> RemoteEngine:
         return front_of(FAR, transport=httpx.MockTransport(answer))
 
     async with serving(other()) as client:
-        assert "tokenizer" in (await status(client, 503))["error"]["message"]
-        assert "serves other" in await refused(client, 502, "backend_error")
-    with pytest.raises(ModelError, match="serves other"):
+        assert differs in (await status(client, 503))["error"]["message"]
+        assert "serves tiny" in await refused(client, 502, "backend_error")
+    with pytest.raises(ModelError, match=differs):
         await _serve(Opened(other()), ServerConfig(library=False, port=0))
+
+
+async def test_a_server_that_does_not_tokenize_is_taken_at_its_word(
+    engine: AsyncEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    there = VllmShaped(engine)
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/tokenize":
+            return httpx.Response(404, json={"detail": "Not Found"})
+        return await there.transport.handle_async_request(request)
+
+    async with serving(front_of(FAR, transport=httpx.MockTransport(answer))) as client:
+        assert "has no /tokenize" in caplog.text
+        assert (await client.post("/v1/chat/completions", json=BODY)).status_code == 200
 
 
 async def test_an_adapter_that_one_side_does_not_have(

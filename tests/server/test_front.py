@@ -240,6 +240,9 @@ async def test_an_adapter_that_one_side_does_not_have(
         assert "whose folders are not here, so that they cannot be called: certainty" in caplog.text
         for name, reason in (("only_here", "load it there"), ("certainty", "give its PEFT folder")):
             assert reason in await refused(client, 404, "adapter_not_found", model=name)
+            call = await client.post(f"/v1/intrinsics/{name}", json={"messages": CHAT})
+            assert call.status_code == 404
+            assert reason in call.json()["error"]["message"]
         assert "there are: tiny, answerability" in await refused(client, 404, "model_not_found", model="nobody")
         listed = [model["id"] for model in (await client.get("/v1/models")).json()["data"]]
         assert listed == ["tiny", "answerability", "jailbreak", "requirement_check", "twin"]

@@ -85,7 +85,7 @@ class Service:
         return self.adapter_of(named), arguments
 
     def intrinsic_of(self, name: str) -> AdapterInfo:
-        """The adapter of that name. Raises AdapterNotFound, which lists what there is, or says why it cannot be called."""
+        """The adapter of that name. Raises AdapterNotFound: what there is, or why it cannot be called."""
         return self.engine.adapter(name) or find({info.name: info for info in self.engine.adapter_infos()}, name)
 
     def backend(self, request: HttpRequest) -> ScopedBackend:

@@ -69,6 +69,7 @@ def front(vllm: Vllm) -> Iterator[Front]:
     outer = vllm.environment()
     # The front is a process of this environment: what vLLM wants to be loaded first is nothing for it.
     environment = {**os.environ, **outer, "PYTHONPATH": f"{ROOT / 'src'}:{outer['PYTHONPATH']}", "LD_PRELOAD": ""}
+    environment["HTTP_PROXY"] = "http://127.0.0.1:9"  # where nobody is: a proxy is not for a child
     command = [sys.executable, "-m", "midstream.cli.main", "serve", "--backend", "vllm", "--port", str(port)]
     command += ["--vllm-python", str(vllm.python), "--dtype", "float32", "--max-context-tokens", "2048"]
     command += ["--kv-mib", "1024", "--log-file", str(vllm.scratch / "front.log")]

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 from rich.console import Console
 
 from midstream.config import ServerConfig
@@ -92,8 +93,12 @@ def _remote(
     url: str,
     key: str | None,
     closing: Callable[[], Awaitable[None]] | None = None,
+    transport: httpx.AsyncBaseTransport | None = None,
 ) -> RemoteEngine:
-    backend = RemoteBackend(url, api_key=key, adapters=model.adapters, tokens=LocalTokens(model.chat), look_up=False)
+    tokens = LocalTokens(model.chat)
+    backend = RemoteBackend(
+        url, api_key=key, adapters=model.adapters, tokens=tokens, look_up=False, transport=transport
+    )
     return RemoteEngine(
         backend, model.chat, model_name=model.name, vocab_size=_vocab_size(model.folder, model.chat), closing=closing
     )
@@ -111,7 +116,9 @@ def _vllm(config: ServerConfig, progress: bool) -> Opened:
         shown = progress and config.log_file is not None
         with Console(stderr=True, quiet=not shown).status("starting vLLM"):
             child.wait_ready(launch.url)
-        return Opened(_remote(config, model, launch.url, launch.key, child.aclose), child)
+        # Of its own: whatever proxy the environment names is not for what runs on this machine.
+        transport = httpx.AsyncHTTPTransport(limits=httpx.Limits(max_connections=None, max_keepalive_connections=64))
+        return Opened(_remote(config, model, launch.url, launch.key, child.aclose, transport), child)
     except BaseException:
         child.close()
         raise

@@ -72,8 +72,9 @@ class Launch:
         if config.adapter_dir is not None:
             found["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
         if self.environment.cpu:
-            # Its own choice leaves one core idle, or all but one on a small machine.
-            found.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, sorted(os.sched_getaffinity(0)))))
+            # Its own choice leaves cores idle, on a small machine all but one. Where none can be chosen it may choose.
+            if hasattr(os, "sched_getaffinity"):
+                found.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, sorted(os.sched_getaffinity(0)))))
             found["LD_PRELOAD"] = ":".join([*filter(None, [outer.get("LD_PRELOAD")]), *map(str, self._preloads())])
         return found
 

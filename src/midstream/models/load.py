@@ -28,7 +28,7 @@ from midstream.models.linear import wrap_linears
 from midstream.models.native.kernels import start_kernels
 from midstream.models.pool import AttentionShape, ForwardPlan, ProbePool
 from midstream.models.products import WeightKind, can_pack
-from midstream.models.source import loading_bars, resolve
+from midstream.models.source import loading_bars, name_of, resolve
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Largest difference between our logits and transformers' own in the probe, relative to the largest logit.
@@ -97,8 +97,7 @@ def load_model(
     chat = ChatTokenizer.from_folder(folder)
     with loading_bars(progress):
         network = _read_model(folder, config, kind)
-    name = Path(str(model)).stem if Path(model).exists() else str(model)
-    return prepare(network.to(target), chat, name=name, weights=rounded, wait_for_kernels=wait_for_kernels)
+    return prepare(network.to(target), chat, name=name_of(model), weights=rounded, wait_for_kernels=wait_for_kernels)
 
 
 def prepare(

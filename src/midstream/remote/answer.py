@@ -11,7 +11,7 @@ from midstream.errors import BackendError
 from midstream.remote import logprobs
 from midstream.remote.options import Parting, shares
 from midstream.remote.reply import ChoiceReply, LogprobsReply, Reply
-from midstream.remote.tokens import Tokens
+from midstream.remote.tokens import TokenSource
 from midstream.types import Choice, Completion, CompletionChoice, Delta, Request, TokenLogprob
 
 
@@ -37,7 +37,7 @@ class Asked:
 class AnswerReader:
     """Reads what one server answers."""
 
-    def __init__(self, tokens: Tokens, url: str) -> None:
+    def __init__(self, tokens: TokenSource, url: str) -> None:
         self._tokens = tokens
         self._url = url
 

@@ -6,22 +6,32 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
-from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import httpx
 
 from midstream.adapters.activation import activation_index
-from midstream.errors import AdapterNotFound, BackendError, DeadlineExceeded, InputError, InvocationError, ModelNotFound
+from midstream.errors import (
+    AdapterNotFound,
+    BackendError,
+    DeadlineExceeded,
+    InputError,
+    InvocationError,
+    ModelError,
+    ModelNotFound,
+    Unsupported,
+)
 from midstream.remote.answer import AnswerReader, Asked
 from midstream.remote.catalogue import Catalogue, read_catalogue
 from midstream.remote.channel import Channel
-from midstream.remote.folders import read_folders
+from midstream.remote.faults import PathMissing
+from midstream.remote.folders import Described, read_folders
+from midstream.remote.load import Load, read_load
 from midstream.remote.options import Parting, find_parting
 from midstream.remote.reply import ChoiceReply, Reply, ScoreReply, checked, joined
 from midstream.remote.request import completion_body, score_body, with_logprobs
 from midstream.remote.scoring import prompt_logprobs_body, scored
-from midstream.remote.tokens import Tokens
+from midstream.remote.tokens import Tokens, TokenSource, difference
 from midstream.types import AdapterInfo, Chat, Choice, Completion, Delta, Request, Score
 
 _COMPLETIONS = "v1/completions"
@@ -35,7 +45,9 @@ class RemoteBackend:
     `url` is the server's address, with or without /v1. `model`: the base model's name, by default what the server
     lists. `timeout_s`: how long the server may stay silent; a request's own deadline bounds it whole. `adapters`:
     PEFT folders of adapters that the server serves under the folder's name without saying how they are called, as
-    vLLM does. `transport`: for networks of one's own. Nothing is ever sent twice.
+    vLLM does; or what was read of such folders. `tokens`: the model's tokenizer, where it is at hand; else the server
+    is asked. `look_up`: off, what is served is asked for by `catalogue` alone, not for each call of an adapter.
+    `transport`: for networks of one's own. Nothing is ever sent twice.
 
     Every verb raises what the engine would, the server's error as its own type, and BackendError where the server
     cannot be reached or understood. Cancelling a call or closing a stream closes its connection, which frees its KV.
@@ -49,15 +61,19 @@ class RemoteBackend:
         model: str | None = None,
         timeout_s: float = 600.0,
         connect_timeout_s: float = 10.0,
-        adapters: Sequence[str | Path] = (),
+        adapters: Sequence[Described] = (),
+        tokens: TokenSource | None = None,
+        look_up: bool = True,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self._channel = Channel(
             url, api_key=api_key, timeout_s=timeout_s, connect_timeout_s=connect_timeout_s, transport=transport
         )
-        self._tokens = Tokens(self._channel)
+        self._server_tokens = Tokens(self._channel)
+        self._tokens: TokenSource = tokens or self._server_tokens
         self._answers = AnswerReader(self._tokens, self._channel.url)
         self._model = model
+        self._look_up = look_up
         self._local = read_folders(adapters)
         self._known: Catalogue | None = None
         self._partings: dict[tuple[str, ...], Parting | None] = {}
@@ -136,9 +152,59 @@ class RemoteBackend:
 
         One that the server does not describe and no local folder either is not among them.
         """
-        return (await self._catalogue(fresh=True)).adapters
+        return (await self.catalogue()).adapters
+
+    # ------------------------------------------------------------------ the server itself
+
+    async def catalogue(self) -> Catalogue:
+        """What the server serves now."""
+        reply = await self._channel.get("v1/models")
+        self._known = read_catalogue(reply, self.url, base=self._model, local=self._local)
+        return self._known
+
+    async def check_tokens(self) -> None:
+        """Raises ModelError where the server's model has other tokens than `tokens`, PathMissing where it cannot be
+        asked."""
+        catalogue = await self._catalogue()
+        found = await difference(self._tokens, self._server_tokens, catalogue.base, ours=catalogue.ours)
+        if found is not None:
+            raise ModelError(f"{self.url} serves {catalogue.base}, whose {found} is another one than the model's here")
+
+    async def load(self) -> Load:
+        """How busy the server is, as its metrics say."""
+        return read_load(await self._channel.text("metrics"))
+
+    async def load_adapter(self, adapter: Described) -> AdapterInfo:
+        """Have the server load a PEFT folder, which it must find under the same path; one of the same name is replaced.
+
+        Raises Unsupported where the server loads none while it runs.
+        """
+        (info,) = (await asyncio.to_thread(read_folders, [adapter])).values()
+        catalogue = await self.catalogue()
+        served = {*catalogue.undescribed, *(each.name for each in catalogue.adapters)}
+        body = {"lora_name": info.name, "lora_path": info.path, "load_inplace": info.name in served}
+        await self._change("v1/load_lora_adapter", body)
+        self._local[info.name] = info
+        return (await self.catalogue()).find(info.name)
+
+    async def unload_adapter(self, name: str) -> None:
+        """Have the server take an adapter out. Raises AdapterNotFound, and Unsupported as `load_adapter` does."""
+        try:
+            await self._change("v1/unload_lora_adapter", {"lora_name": name})
+        except ModelNotFound as error:
+            raise AdapterNotFound(str(error)) from error
+        self._local.pop(name, None)
+        await self.catalogue()
 
     # ------------------------------------------------------------------ inside
+
+    async def _change(self, path: str, body: dict[str, Any]) -> None:
+        try:
+            await self._channel.tell(path, body)
+        except PathMissing as error:
+            raise Unsupported(
+                f"{self.url} loads no adapters while it runs: vLLM does with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
+            ) from error
 
     @property
     def _ours(self) -> bool:
@@ -147,16 +213,13 @@ class RemoteBackend:
 
     async def _catalogue(self, *, fresh: bool = False) -> Catalogue:
         """What the server serves. The base model stays; adapters may change, so whoever needs them asks anew."""
-        if fresh or self._known is None:
-            reply = await self._channel.get("v1/models")
-            self._known = read_catalogue(reply, self.url, base=self._model, local=self._local)
-        return self._known
+        return await self.catalogue() if fresh or self._known is None else self._known
 
     async def _asked(self, request: Request) -> Asked:
         """A request with its prompt's tokens. Raises InputError for what the engine would refuse before it runs."""
         started = time.perf_counter()
         looked_up = request.adapter is not None and (request.invoke or not self._ours)
-        catalogue = await self._catalogue(fresh=looked_up)
+        catalogue = await self._catalogue(fresh=looked_up and self._look_up)
         info = catalogue.find(request.adapter) if looked_up and request.adapter is not None else None
         prompt = await self._prompt(request, info)
         model = request.adapter or catalogue.base

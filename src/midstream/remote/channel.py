@@ -59,6 +59,22 @@ class Channel:
             response = await self._client().post(path, content=content, headers=_JSON)
         return self._read(response)
 
+    async def tell(self, path: str, body: dict[str, Any]) -> None:
+        """Send a body whose answer says nothing but that it was taken."""
+        content = _written(body)
+        with self._faults():
+            response = await self._client().post(path, content=content, headers=_JSON)
+        if not response.is_success:
+            raise error_of_response(self.url, response.status_code, response.content)
+
+    async def text(self, path: str) -> str:
+        """The text at a path."""
+        with self._faults():
+            response = await self._client().get(path)
+        if not response.is_success:
+            raise error_of_response(self.url, response.status_code, response.content)
+        return response.text
+
     async def events(self, path: str, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         """The events that answer a body. Closing the iterator closes the connection; an end without [DONE] is an
         error."""

@@ -35,6 +35,10 @@ _BY_STATUS: dict[int, type[MidstreamError]] = {
 }
 
 
+class PathMissing(BackendError):
+    """The server has no such endpoint."""
+
+
 def error_of_response(url: str, status: int, content: bytes) -> MidstreamError:
     """The error of a reply that is none of success. Servers without our codes are read by status."""
     try:
@@ -65,7 +69,7 @@ def _by_status(url: str, status: int, message: str, kind: str) -> MidstreamError
         return _BY_STATUS[status](where)
     if status == 404:
         # vLLM's name for an unknown model; any other 404 is a path that the server does not have.
-        return ModelNotFound(where) if kind == "NotFoundError" else BackendError(f"{where}: is it the right server?")
+        return ModelNotFound(where) if kind == "NotFoundError" else PathMissing(f"{where}: is it the right server?")
     if "maximum context length" in message:
         return PromptTooLong(where)
     return InputError(where) if 400 <= status < 500 else BackendError(where)

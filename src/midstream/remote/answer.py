@@ -18,7 +18,8 @@ from midstream.types import Choice, Completion, CompletionChoice, Delta, Request
 @dataclass(slots=True)
 class Asked:
     """A request as it is sent in `body`. `info` is the adapter's where it was looked up; `activation_index` is the
-    server's to say where it is None. `parting`: where probabilities are to be found from logprobs."""
+    server's to say where it is None. `parting`: where probabilities are to be found from logprobs. `session`: the
+    conversation, for a router."""
 
     request: Request
     prompt: tuple[int, ...]
@@ -26,6 +27,7 @@ class Asked:
     body: dict[str, Any]
     activation_index: int | None = None
     parting: Parting | None = None
+    session: str = ""
     started: float = field(default_factory=time.perf_counter)
     first_token_s: float | None = None
 

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import httpx
 
-from midstream.adapters.activation import activation_index
+from midstream.adapters.activation import activation_index, find_last
 from midstream.errors import (
     AdapterNotFound,
     BackendError,
@@ -21,6 +21,7 @@ from midstream.errors import (
     ModelNotFound,
     Unsupported,
 )
+from midstream.remote.affinity import Sessions
 from midstream.remote.answer import AnswerReader, Asked
 from midstream.remote.catalogue import Catalogue, read_catalogue
 from midstream.remote.channel import Channel
@@ -30,6 +31,7 @@ from midstream.remote.load import Load, read_load
 from midstream.remote.options import Parting, find_parting
 from midstream.remote.reply import ChoiceReply, Reply, ScoreReply, checked, joined
 from midstream.remote.request import completion_body, score_body, with_logprobs
+from midstream.remote.resume import resumed
 from midstream.remote.scoring import prompt_logprobs_body, scored
 from midstream.remote.tokens import Tokens, TokenSource, difference
 from midstream.types import AdapterInfo, Chat, Choice, Completion, Delta, Request, Score
@@ -47,7 +49,11 @@ class RemoteBackend:
     PEFT folders of adapters that the server serves under the folder's name without saying how they are called, as
     vLLM does; or what was read of such folders. `tokens`: the model's tokenizer, where it is at hand; else the server
     is asked. `look_up`: off, what is served is asked for by `catalogue` alone, not for each call of an adapter.
-    `transport`: for networks of one's own. Nothing is ever sent twice.
+    `repeats`: how often a request is sent again whose replica was lost before its answer was whole; 0 sends nothing
+    twice. `transport`: for networks of one's own.
+
+    Behind `url` there may be a router to several replicas: each request says in the header x-session-id to which
+    conversation it belongs, the same for the base model and all adapters.
 
     Every verb raises what the engine would, the server's error as its own type, and BackendError where the server
     cannot be reached or understood. Cancelling a call or closing a stream closes its connection, which frees its KV.
@@ -61,13 +67,19 @@ class RemoteBackend:
         model: str | None = None,
         timeout_s: float = 600.0,
         connect_timeout_s: float = 10.0,
+        repeats: int = 3,
         adapters: Sequence[Described] = (),
         tokens: TokenSource | None = None,
         look_up: bool = True,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self._channel = Channel(
-            url, api_key=api_key, timeout_s=timeout_s, connect_timeout_s=connect_timeout_s, transport=transport
+            url,
+            api_key=api_key,
+            timeout_s=timeout_s,
+            connect_timeout_s=connect_timeout_s,
+            repeats=repeats,
+            transport=transport,
         )
         self._server_tokens = Tokens(self._channel)
         self._tokens: TokenSource = tokens or self._server_tokens
@@ -76,6 +88,7 @@ class RemoteBackend:
         self._look_up = look_up
         self._local = read_folders(adapters)
         self._known: Catalogue | None = None
+        self._sessions = Sessions(self.tokenize)
         self._partings: dict[tuple[str, ...], Parting | None] = {}
 
     @property
@@ -100,7 +113,8 @@ class RemoteBackend:
         async with _until(_end_of(request), request):
             asked = await self._asked(request)
             with _as_adapter(request):
-                reply = checked(Reply, await self._channel.post(_COMPLETIONS, asked.body), self.url)
+                answered = await self._channel.post(_COMPLETIONS, asked.body, session=asked.session)
+                reply = checked(Reply, answered, self.url)
             return await self._answers.completion(asked, reply)
 
     async def stream(self, request: Request) -> AsyncGenerator[Delta, None]:
@@ -137,8 +151,8 @@ class RemoteBackend:
             with _as_adapter(request):
                 if self._ours:
                     body = score_body(request, asked.prompt, continuations, asked.model)
-                    found = checked(ScoreReply, await self._channel.post("v1/score_continuations", body), self.url)
-                    return found.score()
+                    found = await self._channel.post("v1/score_continuations", body, session=asked.session)
+                    return checked(ScoreReply, found, self.url).score()
                 return await self._score_as_prompts(asked, continuations)
 
     async def tokenize(self, prompt: str | Chat, *, header: bool = True) -> tuple[int, ...]:
@@ -226,7 +240,14 @@ class RemoteBackend:
         asked = Asked(request, prompt, model, completion_body(request, prompt, model), started=started)
         if not catalogue.ours:
             await self._prepare_plain(asked, info)
+        asked.session = await self._sessions.of(prompt, request.cache_scope, self._invoked(asked, info))
         return asked
+
+    def _invoked(self, asked: Asked, info: AdapterInfo | None) -> int | None:
+        """Where the adapter's invocation begins, so far as that is known without asking."""
+        adapters = () if self._known is None else self._known.adapters
+        known = info or next((each for each in adapters if each.name == asked.request.adapter), None)
+        return asked.activation_index if known is None else find_last(asked.prompt, known.invocation_tokens)
 
     async def _prompt(self, request: Request, info: AdapterInfo | None) -> tuple[int, ...]:
         tokens = request.prompt
@@ -273,21 +294,27 @@ class RemoteBackend:
 
     async def _replies(self, asked: Asked, end: float | None) -> AsyncGenerator[Reply, None]:
         """The pieces of a streamed reply, each awaited no longer than until `end`."""
-        body = {**asked.body, "stream": True, "stream_options": {"include_usage": True}}
-        async with aclosing(self._channel.events(_COMPLETIONS, body)) as events:
+
+        async def once() -> AsyncGenerator[Reply, None]:
+            body = {**asked.body, "stream": True, "stream_options": {"include_usage": True}}
+            async with aclosing(self._channel.events(_COMPLETIONS, body, session=asked.session)) as events:
+                async for event in events:
+                    yield checked(Reply, event, self.url)
+
+        async with aclosing(resumed(once, asked.request.params, self._channel.repeats, self.url)) as replies:
             while True:
                 async with _until(end, asked.request):
                     with _as_adapter(asked.request):
-                        event = await anext(events, None)
-                if event is None:
+                        reply = await anext(replies, None)
+                if reply is None:
                     return
-                yield checked(Reply, event, self.url)
+                yield reply
 
     async def _score_as_prompts(self, asked: Asked, continuations: Sequence[Sequence[int]]) -> Score:
         if not continuations or not all(continuations):
             raise InputError("score needs at least one continuation, and none may be empty")
         body = prompt_logprobs_body(asked.request, asked.prompt, continuations, asked.model)
-        reply = checked(Reply, await self._channel.post(_COMPLETIONS, body), self.url)
+        reply = checked(Reply, await self._channel.post(_COMPLETIONS, body, session=asked.session), self.url)
         if len(reply.choices) != len(continuations):
             raise BackendError(f"{self.url} scored {len(reply.choices)} of {len(continuations)} continuations")
         return Score(

@@ -23,6 +23,8 @@ from midstream.errors import (
 )
 
 _SHOWN = 300
+# What vLLM says, with status 500, of all that its engine had running when that died.
+_DEAD = "EngineCore encountered an issue"
 _BY_STATUS: dict[int, type[MidstreamError]] = {
     401: Unauthorized,
     403: Forbidden,
@@ -61,6 +63,11 @@ def error_of_object(url: str, error: dict[str, Any], status: int = 500) -> Midst
     if isinstance(code, int) and status == 500:
         status = code  # vLLM repeats the status there
     return _by_status(url, status, message, str(error.get("type")))
+
+
+def is_lost(error: MidstreamError, status: int | None) -> bool:
+    """Whether an error says that a replica is gone or going, so that another one may be asked: not that it failed."""
+    return status == 502 or isinstance(error, EngineStopped) or _DEAD in str(error)
 
 
 def _by_status(url: str, status: int, message: str, kind: str) -> MidstreamError:

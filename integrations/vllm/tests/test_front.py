@@ -20,12 +20,12 @@ import psutil
 import pytest
 from benchmarks.peers_build import VLLM
 from openai import BadRequestError, OpenAI
-from serving import Vllm
 from tests.server.running import running
 
 from midstream.config import ServerConfig
 from midstream.engine.engine import AsyncEngine
 from midstream.server.folders import load_adapters
+from serving import Vllm
 
 ROOT = Path(__file__).parents[3]
 BLOCK = 32

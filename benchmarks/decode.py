@@ -9,6 +9,7 @@ from pathlib import Path
 
 from benchmarks.common import context, machine, read_bandwidth, spread, write
 from midstream.bench.model import ModelFacts
+from midstream.config import EngineConfig
 from midstream.session import Engine
 from midstream.types import Request, SamplingParams
 
@@ -19,9 +20,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", default=None)
+    parser.add_argument("--weights", choices=("int8",))
+    parser.add_argument("--kv", choices=("int8",))
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    with Engine.load(dtype=arguments.dtype, wait_for_kernels=True) as engine:
+    config, options = EngineConfig(kv_dtype=arguments.kv), {"dtype": arguments.dtype, "weights": arguments.weights}
+    with Engine.load(config=config, **options, wait_for_kernels=True) as engine:
         facts = ModelFacts.of(engine)
         rows = []
         for depth in (int(d) for d in arguments.depths.split(",")):
@@ -44,7 +48,17 @@ def main() -> None:
                 }
             )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    write(arguments.json, {"machine": machine(), "dtype": facts.dtype_name, "peak_rss_bytes": peak, "rows": rows})
+    write(
+        arguments.json,
+        {
+            "machine": machine(),
+            "dtype": facts.dtype_name,
+            "weights": facts.weights,
+            "kv": facts.kv,
+            "peak_rss_bytes": peak,
+            "rows": rows,
+        },
+    )
 
 
 if __name__ == "__main__":

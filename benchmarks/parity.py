@@ -64,6 +64,9 @@ class Arm:
         return f"{self.kind} {self.rank} {self.targets}"
 
 
+ARMS = tuple(Arm(kind, rank, targets) for targets in TARGETS for kind in ("lora", "alora") for rank in RANKS[kind])
+
+
 @dataclass(frozen=True, slots=True)
 class Subset:
     """A task's fixed rows."""
@@ -80,12 +83,13 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=160, help="to train on, a fifth of them for validation")
     parser.add_argument("--test-rows", type=int, default=200)
     parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--arms", type=_arms, default=ARMS, help="such as 'lora 32 all-linear,alora 32 all-linear'")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no further run after so long")
     parser.add_argument("--runs", type=Path, default=Path("benchmarks/results/parity_runs.jsonl"))
     parser.add_argument("--summary", type=Path, help="write the summary here instead of training")
     arguments = parser.parse_args()
     if arguments.summary:
-        summary = summarise(_read(arguments))
+        summary = summarise(_read(arguments), arguments.arms)
         arguments.summary.write_text(json.dumps({"machine": machine(), **summary}, indent=2) + "\n")
         print(table(summary))
         return
@@ -117,7 +121,7 @@ def study(
     deadline: float,
 ) -> None:
     """All runs of one task that are not there yet."""
-    for arm, rate, seed in plan(lambda: _read(arguments), subset.task.name):
+    for arm, rate, seed in plan(lambda: _read(arguments), subset.task.name, arguments.arms):
         if time.monotonic() > deadline:
             return
         config = TrainConfig(
@@ -155,9 +159,8 @@ def study(
         print(subset.task.name, arm, rate, seed, f"{run['validation_loss']:.4f}", accuracy(run), flush=True)
 
 
-def plan(read: Any, task: str) -> Iterator[tuple[Arm, float, int]]:
+def plan(read: Any, task: str, arms: Sequence[Arm] = ARMS) -> Iterator[tuple[Arm, float, int]]:
     """What to run next, decided anew each time: an arm's rates at the first seed, then the better at the others."""
-    arms = [Arm(kind, rank, targets) for targets in TARGETS for kind in ("lora", "alora") for rank in RANKS[kind]]
     for arm in arms:
         for rate in RATES:
             if not _of(read(), task, arm, rate, SEEDS[0]):
@@ -184,16 +187,17 @@ def first_label(network: Any, chat: ChatTokenizer, subset: Subset, base_kv: Base
     return found
 
 
-def summarise(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def summarise(runs: Sequence[dict[str, Any]], wanted: Sequence[Arm] = ARMS) -> dict[str, Any]:
     """Arms with their figures, and the verdict on each task whose runs are all there."""
-    tasks = {name: _of_task([run for run in runs if run["task"] == name]) for name in DATA}
+    chosen = [run for run in runs if _arm(run) in wanted]
+    tasks = {name: _of_task([run for run in chosen if run["task"] == name], len(wanted)) for name in DATA}
     found = {name: task for name, task in tasks.items() if task}
     return {"margin": MARGIN, "rates": RATES, "runs": len(runs), "tasks": found}
 
 
-def _of_task(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _of_task(runs: Sequence[dict[str, Any]], wanted: int) -> dict[str, Any]:
     arms: dict[str, Any] = {}
-    for arm in {Arm(run["kind"], run["rank"], run["targets"]) for run in runs}:
+    for arm in {_arm(run) for run in runs}:
         tuned = _tuned(runs, arm)
         if len(tuned) == len(SEEDS):
             arms[str(arm)] = {
@@ -205,7 +209,7 @@ def _of_task(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
             }
     found = {"train_rows": runs[0]["train_rows"], "test_rows": len(runs[0]["truth"])} if runs else {}
     found["arms"] = dict(sorted(arms.items()))
-    if len(arms) < len(TARGETS) * sum(map(len, RANKS.values())):
+    if len(arms) < wanted or {arm.partition(" ")[0] for arm in arms} != set(RANKS):
         return found if arms else {}
     best = {
         kind: min((arm for arm in arms if arm.startswith(f"{kind} ")), key=lambda arm: arms[arm]["validation_loss"])
@@ -262,6 +266,17 @@ def _tuned(runs: Sequence[dict[str, Any]], arm: Arm) -> list[dict[str, Any]]:
 def _of(runs: Sequence[dict[str, Any]], task: str, arm: Arm, rate: float, seed: int) -> list[dict[str, Any]]:
     wanted = {"task": task, **asdict(arm), "rate": rate, "seed": seed}
     return [run for run in runs if all(run[key] == value for key, value in wanted.items())]
+
+
+def _arm(run: dict[str, Any]) -> Arm:
+    return Arm(run["kind"], run["rank"], run["targets"])
+
+
+def _arms(text: str) -> tuple[Arm, ...]:
+    found = tuple(map(_parse, text.split(",")))
+    if unknown := set(found).difference(ARMS):
+        raise ValueError(f"no arms of the study: {', '.join(map(str, unknown))}")
+    return found
 
 
 def _parse(name: str) -> Arm:

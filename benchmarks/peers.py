@@ -7,7 +7,8 @@ otherwise, differences are counted. A peer that cannot be had is reported with t
 out.
 
 Peers: peft (an adapter reads the whole prompt at each call), peft:cache (its caller copies the base model's KV for it),
-llama.cpp (or :BF16, :F16, :F32, :Q8_0), vllm (with plain LoRA), vllm:compiled (the base model alone).
+llama.cpp (or :BF16, :F16, :F32; :Q8_0 beside midstream with eight-bit weights), vllm (with plain LoRA), vllm:compiled
+(the base model alone).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from benchmarks.peers_launch import Launcher, Peer, Shape, read_info
 from benchmarks.peers_measure import Equality, Pair, check, measure, peak_memory, start, started
 from benchmarks.peers_process import ROOT, WorkerError, module
 from benchmarks.peers_protocol import Absent
-from benchmarks.peers_report import draw, markdown
+from benchmarks.peers_report import draw, joined, markdown
 from benchmarks.peers_work import SHORTEST, WORKS, Item, checks, conversation, items, questions
 from benchmarks.turn_script import INTRINSICS, Script
 from midstream.library import library_folder
@@ -88,8 +89,12 @@ def main() -> None:
         for peer in arguments.peers:
             attempt(plan, peer, report)
     machine["load_average_after"] = round(os.getloadavg()[0], 2)
+    for row in report.rows:
+        row["read_gb_per_s"] = machine["read_gb_per_s"]
     settings = {name: getattr(arguments, name) for name in ("threads", "dtype", "rounds", "chat_rounds", "kv_mib")}
     whole = as_dict(report, machine, settings)
+    if arguments.add_to:
+        whole = joined(json.loads(arguments.add_to.read_text(encoding="utf-8")), whole)
     write(arguments.json, whole)
     text = markdown(whole)
     print(text)
@@ -114,6 +119,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--kv-mib", type=int, default=1024, help="memory for KV at 16 bits; 32 bits get twice as much")
     parser.add_argument("--no-install", action="store_true", help="take no peer that must be built or installed first")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at once, where one must be built")
+    parser.add_argument("--add-to", type=Path, help="JSON of earlier runs: what is not measured again is kept")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--png", type=Path)
@@ -204,7 +210,7 @@ def compare(plan: Plan, peer: Peer, report: Report) -> None:
     entry["equal"] = equality.as_dict()
     if "start" in plan.works:
         shape = Shape(plan.dtype, 1, _CONTEXT)
-        launches = [plan.launcher.midstream(shape), plan.launcher.peer(peer, shape)]
+        launches = [plan.launcher.midstream(shape, weights=peer.weights), plan.launcher.peer(peer, shape)]
         report.add(peer, start(launches, conversation(plan.chat, SHORTEST), plan.rounds))
     if "chat" in plan.works and not plan.played:
         report.leave_out(peer, "chat", "it needs --data")
@@ -239,7 +245,7 @@ def _one_group(
     longest = max((len(call.prompt) + call.tokens for item in group for call in item.calls), default=SHORTEST)
     shape = Shape(plan.dtype, streams, _CONTEXT if chats else _rounded(longest + 64))
     theirs = plan.launcher.peer(peer, shape)
-    with started(plan.launcher.midstream(shape), theirs) as pair:
+    with started(plan.launcher.midstream(shape, weights=peer.weights), theirs) as pair:
         entry["facts"] = pair.facts
         _items(plan, peer, pair, group, report, equality)
         if chats:

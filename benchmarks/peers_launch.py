@@ -45,6 +45,11 @@ class Peer:
         return f"{self.name}:{self.variant}".rstrip(":")
 
     @property
+    def weights(self) -> str | None:
+        """What midstream's weights are rounded to beside it, where not to the timed type."""
+        return "int8" if self.variant == "Q8_0" else None
+
+    @property
     def adapters(self) -> str | None:
         """The kind of adapters it serves: "alora", "lora", or None."""
         if self.name == "vllm":
@@ -91,12 +96,11 @@ class Launcher:
     scratch: Path
     logs: Path
 
-    def midstream(self, shape: Shape, kind: str = "alora") -> Launch:
+    def midstream(self, shape: Shape, kind: str = "alora", weights: str | None = None) -> Launch:
         """Our side; `kind` "lora" loads the same weights as plain LoRAs, for the comparison of answers alone."""
         adapters = self._plain() if kind == "lora" else self._own()
-        return Launch(
-            module("peers_midstream"), self._setup(shape, str(self.model), adapters), self.logs / "midstream.log"
-        )
+        setup = self._setup(shape, str(self.model), adapters, weights=weights)
+        return Launch(module("peers_midstream"), setup, self.logs / "midstream.log")
 
     def peer(self, peer: Peer, shape: Shape, *, exact: bool = False) -> Launch:
         """A peer's side, made ready. `exact` has it compute as precisely as it can. Raises Absent."""

@@ -18,6 +18,21 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def joined(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+    """Two reports of one machine as one: what the later one has stands in the place of the earlier one's.
+
+    Each row tells how fast memory was read in its own run; the machine and the settings are the later one's.
+    """
+    again = {(row["peer"], row["work"], row["context"]) for row in later["rows"]}
+    kept = [row for row in earlier["rows"] if (row["peer"], row["work"], row["context"]) not in again]
+    whole = {**later, "rows": kept + later["rows"], "peers": {**earlier["peers"], **later["peers"]}}
+    measured = {entry["peer"] for entry in later["memory"]}
+    whole["memory"] = [entry for entry in earlier["memory"] if entry["peer"] not in measured] + later["memory"]
+    for name in ("absent", "left_out"):
+        whole[name] = [entry for entry in earlier[name] if entry["peer"] not in later["peers"]] + later[name]
+    return whole
+
+
 def _machine(found: dict[str, Any]) -> str:
     return (
         f"{found['processor']}, {found['threads']} of {found['cores']} cores, {found['instructions']}; memory is read "

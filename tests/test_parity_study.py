@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from benchmarks.parity import RANKS, RATES, SEEDS, TARGETS, Arm, _read, compare, plan, summarise, table
+import pytest
+from benchmarks.parity import RANKS, RATES, SEEDS, TARGETS, Arm, _arms, _read, compare, plan, summarise, table
 
 SIZE = {"rows": 160, "test_rows": 200, "epochs": 2}
 TRUTH = [i % 2 for i in range(200)]
@@ -67,3 +68,16 @@ def test_runs_of_another_size_do_not_count_and_none_counts_twice(tmp_path: Path)
     (tmp_path / "runs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = argparse.Namespace(runs=tmp_path / "runs.jsonl", **SIZE)
     assert _read(arguments) == [run]
+
+
+def test_some_of_the_arms_can_be_studied_alone() -> None:
+    two = _arms("lora 32 all-linear,alora 32 all-linear")
+    assert two == (Arm("lora", 32, "all-linear"), Arm("alora", 32, "all-linear"))
+    runs = [make(arm, RATES[0], seed, 0.8) for arm in two for seed in SEEDS]
+    runs += [make(arm, RATES[1], SEEDS[0], 0.8, loss=0.9) for arm in two]
+    assert not list(plan(lambda: runs, "jailbreak", two))
+    assert "difference" not in summarise(runs)["tasks"]["jailbreak"]
+    assert summarise(runs, two)["tasks"]["jailbreak"]["best"] == {"lora": str(two[0]), "alora": str(two[1])}
+    assert "difference" not in summarise(runs, two[:1])["tasks"]["jailbreak"]
+    with pytest.raises(ValueError, match="lora 7 all-linear"):
+        _arms("lora 7 all-linear")

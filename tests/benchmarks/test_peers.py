@@ -14,7 +14,7 @@ from benchmarks.peers_launch import Launch, Launcher, Peer, Shape, read_info
 from benchmarks.peers_measure import Equality, measure, row, start, started
 from benchmarks.peers_process import Ran, WorkerError
 from benchmarks.peers_protocol import Absent, Answer, Call, Setup
-from benchmarks.peers_report import draw, markdown
+from benchmarks.peers_report import draw, joined, markdown
 from benchmarks.peers_work import FREE, STEPS, checks, conversation, items, make_label, questions
 from benchmarks.turn_script import INTRINSICS, Lengths, read_rows, write_script
 
@@ -55,7 +55,7 @@ class FakeLauncher(Launcher):
 
     __slots__ = ("told",)
 
-    def midstream(self, shape: Shape, kind: str = "alora") -> Launch:
+    def midstream(self, shape: Shape, kind: str = "alora", weights: str | None = None) -> Launch:
         return fake(self.logs, seconds=0.25)
 
     def peer(self, peer: Peer, shape: Shape, *, exact: bool = False) -> Launch:
@@ -224,6 +224,29 @@ def test_a_peer_that_fails_keeps_the_others(root: Path) -> None:
     report = compared(make_plan(root, {"seconds": 0.1, "dies": True}, ["prefill"], [40]), "peft", "vllm")
     assert "the worker ended with 3: out of luck" in report["left_out"][0]["reason"]
     assert [entry["peer"] for entry in report["absent"]] == ["vllm"]
+
+
+def test_a_later_report_replaces_what_it_measured_again() -> None:
+    def report(peer: str, *rows: tuple[str, int, float], absent: str = "") -> dict[str, Any]:
+        return {
+            "rows": [{"peer": peer, "work": w, "context": c, "ratio": r} for w, c, r in rows],
+            "memory": [{"peer": peer, "ratio": rows[0][2]}] if rows else [],
+            "peers": {peer: {"of": rows}},
+            "absent": [{"peer": peer, "reason": absent}] if absent else [],
+            "left_out": [],
+        }
+
+    first = report("peft", ("call", 500, 2.0), ("call", 1500, 3.0))
+    other = joined(first, report("vllm", ("call", 500, 4.0)))
+    again = joined(other, report("peft", ("call", 500, 9.0)))
+
+    found = {(row["peer"], row["context"]): row["ratio"] for row in again["rows"]}
+    assert found == {("peft", 500): 9.0, ("peft", 1500): 3.0, ("vllm", 500): 4.0}
+    assert {entry["peer"]: entry["ratio"] for entry in again["memory"]} == {"vllm": 4.0, "peft": 9.0}
+    assert set(again["peers"]) == {"peft", "vllm"}
+    missing = joined(report("vllm", absent="no wheel"), report("peft", ("call", 500, 1.0)))
+    assert missing["absent"] == [{"peer": "vllm", "reason": "no wheel"}]
+    assert joined(missing, report("vllm", ("call", 500, 1.0)))["absent"] == []
 
 
 def test_an_empty_report_can_be_shown(tmp_path: Path) -> None:

@@ -41,10 +41,15 @@ class ProductDeltas {
     ProductDeltas(const Deltas& deltas, int64_t which, const Weight& product)
         : d(deltas), product(which), in(product.in), width(product.out) {}
 
-    // For all threads of a team.
-    void add(Team& team, const T* x, T* y) const {
+    // For all threads of a team: A x. Others may be at it still when this one is done.
+    void down(Team& team, const T* x) const {
         share(team, 1, [](const Factor& f) { return f.depth; }, [&](const Unit& u) { down(u, x); });
+    }
+
+    // For all threads of a team, which have waited for one another since: y += scale * B (A x), done when all are.
+    void up(Team& team, T* y) const {
         share(team, DELTA_PANELS, [](const Factor& f) { return f.out; }, [&](const Unit& u) { up(u, y); });
+        team.wait();
     }
 
   private:
@@ -56,26 +61,35 @@ class ProductDeltas {
         int64_t panel;
     };
 
-    // visit(unit) for this thread's share; done when all are.
+    // visit(unit) for this thread's share: neighbours, so that what is asked for ahead is its own.
     template <typename Columns, typename Visit>
-    void share(Team& team, int64_t grain, Columns columns, Visit visit) const {
-        int64_t number = 0, before = 0;
-        for (int64_t g = 0; g < d.num_owned; g++) {
-            const Owned& o = d.owned[g];
-            const Factors& factors = o.products[product];
+    void share(const Team& team, int64_t grain, Columns columns, Visit visit) const {
+        int64_t total = 0;
+        each(grain, columns, [&](const Factor&, int64_t, int64_t, int64_t, int64_t, int64_t) { total++; });
+        const int64_t first = total * team.me / team.count, end = total * (team.me + 1) / team.count;
+        int64_t number = 0;
+        each(grain, columns, [&](const Factor& f, int64_t row, int64_t rows, int64_t place, int64_t panel, int64_t last) {
+            if (number >= first && number < end)
+                for (int64_t p = panel; p < last; p++) visit({f, row, rows, place, p});
+            number++;
+        });
+    }
+
+    // found(factor, row, rows, place, first panel, end) for all units, those of a factor's panels beside one another.
+    template <typename Columns, typename Found>
+    void each(int64_t grain, Columns columns, Found found) const {
+        int64_t before = 0;
+        for (const Owned* o = d.owned; o < d.owned + d.num_owned; o++) {
+            const Factors& factors = o->products[product];
             for (const Factor* f = factors.first; f < factors.first + factors.count; f++) {
                 const int64_t panels = (columns(*f) + PANEL - 1) / PANEL;
-                for (int64_t row = o.start; row < o.end; row += DELTA_ROWS)
-                    for (int64_t panel = 0; panel < panels; panel += grain) {
-                        if (number++ % team.count != team.me) continue;
-                        const int64_t rows = o.end - row < DELTA_ROWS ? o.end - row : DELTA_ROWS;
-                        const int64_t last = panel + grain < panels ? panel + grain : panels;
-                        for (int64_t p = panel; p < last; p++) visit({*f, row, rows, before + row - o.start, p});
-                    }
+                for (int64_t row = o->start; row < o->end; row += DELTA_ROWS)
+                    for (int64_t panel = 0; panel < panels; panel += grain)
+                        found(*f, row, std::min(o->end - row, DELTA_ROWS), before + row - o->start, panel,
+                              std::min(panel + grain, panels));
             }
-            before += o.end - o.start;
+            before += o->end - o->start;
         }
-        team.wait();
     }
 
     void down(const Unit& u, const T* x) const {

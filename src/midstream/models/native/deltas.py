@@ -17,32 +17,51 @@ from midstream.models.native.pack import depth_step, panels
 
 
 class AdapterFactors:
-    """One adapter's factors of some products, each of several linear layers. `width`: of the widest product's A x."""
+    """One adapter's factors of some products, each of several linear layers. `width`: of the widest product's A x.
+
+    They lie one behind the other in the order of their use, as the kernels ask for what lies behind what they read.
+    """
 
     def __init__(self, weights: Mapping[str, LoraWeights], products: Sequence[Sequence[Part]], columns: int) -> None:
         self._columns = columns
+        self._packed: list[Tensor] = []
+        self._size = 0  # of the packed ones, in bytes
         self._kept: list[object] = []  # the table points into these
         self.width = 0
-        self.table = (structs.Factors * len(products))(*(self._product(weights, parts) for parts in products))
+        found = [self._product(weights, parts) for parts in products]
+        memory = torch.cat(self._packed) if self._packed else torch.empty(0)
+        self._packed = []
+        self._kept.append(memory)
+        self.table = (structs.Factors * len(products))(*(self._placed(f, memory) for f in found))
 
-    def _product(self, weights: Mapping[str, LoraWeights], parts: Sequence[Part]) -> structs.Factors:
+    def _product(self, weights: Mapping[str, LoraWeights], parts: Sequence[Part]) -> list[structs.Factor]:
+        """Its factors, which lie at offsets from where the memory will be."""
+        adapted = [(weights[part.path], part) for part in parts if part.path in weights]
+        rows = [self._pack(each.a) for each, _ in adapted]
         down = 0
         found: list[structs.Factor] = []
-        for part in parts:
-            if part.path in weights:
-                found.append(self._factor(weights[part.path], part, down))
-                down += found[-1].depth
+        for (each, part), a in zip(adapted, rows, strict=True):
+            padding = -each.a.shape[0] % depth_step(each.a.dtype)
+            depth = each.a.shape[0] + padding
+            b = self._pack(F.pad(each.b, (0, padding)))
+            found.append(structs.Factor(a, b, depth, part.out, part.offset, down, each.scale))
+            down += depth
         self.width = max(self.width, down)
+        return found
+
+    def _pack(self, factor: Tensor) -> int:
+        packed = panels(factor, factor.dtype, self._columns).flatten()
+        self._packed.append(packed)
+        offset, self._size = self._size, self._size + packed.nbytes
+        return offset
+
+    def _placed(self, found: Sequence[structs.Factor], memory: Tensor) -> structs.Factors:
+        for factor in found:
+            factor.a = memory.data_ptr() + (factor.a or 0)
+            factor.b = memory.data_ptr() + (factor.b or 0)
         factors = (structs.Factor * len(found))(*found)
         self._kept.append(factors)
         return structs.Factors(ctypes.addressof(factors), len(found))
-
-    def _factor(self, weights: LoraWeights, part: Part, down: int) -> structs.Factor:
-        dtype, rank = weights.a.dtype, weights.a.shape[0]
-        padding = -rank % depth_step(dtype)
-        a, b = (panels(each, dtype, self._columns) for each in (weights.a, F.pad(weights.b, (0, padding))))
-        self._kept += [a, b]
-        return structs.Factor(a.data_ptr(), b.data_ptr(), rank + padding, part.out, part.offset, down, weights.scale)
 
 
 class FactorTables:

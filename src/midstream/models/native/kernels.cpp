@@ -48,7 +48,12 @@ void midstream_product(const Weight* w, const void* x, void* y, int64_t rows, in
 
 // Of the product `w`, of which only the sizes are read.
 void midstream_add_deltas(const Deltas* d, const Weight* w, const void* x, void* y, int32_t threads) {
-    with_team(threads, [&](Team& team) { ProductDeltas<T>(*d, 0, *w).add(team, (const T*)x, (T*)y); });
+    const ProductDeltas<T> deltas(*d, 0, *w);
+    with_team(threads, [&](Team& team) {
+        deltas.down(team, (const T*)x);
+        team.wait();
+        deltas.up(team, (T*)y);
+    });
 }
 
 void midstream_run_layers(const Forward* f) { run_layers<T>(*f); }

@@ -60,8 +60,11 @@ class LayerRun {
 
   private:
     void product(Team& team, const Weight& weight, int64_t number, const void* x, void* y) const {
+        if (!f.deltas) return product_in_team<T>(team, weight, (const T*)x, y, f.rows);
+        const ProductDeltas<T> deltas(*f.deltas, number, weight);
+        deltas.down(team, (const T*)x);
         product_in_team<T>(team, weight, (const T*)x, y, f.rows);
-        if (f.deltas) ProductDeltas<T>(*f.deltas, number, weight).add(team, (const T*)x, (T*)y);
+        deltas.up(team, (T*)y);
     }
 
     void attend(Team& team, int64_t index) const {

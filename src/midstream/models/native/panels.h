@@ -40,13 +40,22 @@ inline void transpose(vu (&rows)[LANES]) {
     if constexpr (S > 1) transpose<S / 2>(rows);
 }
 
-// keys [length, DIM] to one panel for every PANEL of them, over all of DIM. The last is filled up with nought.
+// Asks for the row that lies `rows` of them behind this one: the processor's own guesses end with each page.
+template <int DIM, typename T>
+inline void ask_for(const T* row, int rows) {
+    for (int line = 0; line < int(DIM * sizeof(T)); line += 64)
+        __builtin_prefetch((const char*)(row + int64_t(rows) * DIM) + line, 0, 2);
+}
+
+// keys [length, DIM] to one panel for every PANEL of them, over all of DIM. The last is filled up with nought. The
+// `next` keys behind these are asked for.
 template <typename C, int DIM, typename T>
-void pack_keys(const T* keys, int length, C* panels) {
+void pack_keys(const T* keys, int length, int next, C* panels) {
     constexpr int DEPTH = Step<C>::DEPTH, WORDS = DIM / DEPTH;
     const int whole = (length + PANEL - 1) / PANEL * PANEL;
     for (int from = 0; from < whole; from += LANES) {
         C* to = panels + from / PANEL * PANEL * DIM + from % PANEL * DEPTH;
+        for (int i = 0; i < LANES; i++) ask_for<DIM>(keys + (from + i) * DIM, next);
         for (int word = 0; word < WORDS; word += LANES) {
             vu rows[LANES];
             for (int i = 0; i < LANES; i++)
@@ -59,18 +68,29 @@ void pack_keys(const T* keys, int length, C* panels) {
 
 // values [length, DIM] to one panel for every PANEL numbers of them, over all keys; `stride` numbers lie between two.
 template <int DIM, typename T>
-void pack_values(const T* values, int length, float* panels, int64_t stride) {
-    for (int k = 0; k < length; k++)
+void pack_values(const T* values, int length, int next, float* panels, int64_t stride) {
+    for (int k = 0; k < length; k++) {
+        ask_for<DIM>(values + k * DIM, next);
         for (int d = 0; d < DIM; d += LANES)
             store(panels + d / PANEL * stride + k * PANEL + d % PANEL, load(values + k * DIM + d));
+    }
 }
 
+#ifdef __AVX512BF16__
 template <int DIM, typename T>
-void pack_values(const T* values, int length, bf16* panels, int64_t stride) {
-    for (int k = 0; k < length; k += 2)
-        for (int d = 0; d < DIM; d += LANES) {
-            const vf even = load(values + k * DIM + d), odd = k + 1 < length ? load(values + (k + 1) * DIM + d) : vf{};
-            const vu pairs = (vu)even >> 16 | (vu)odd;  // bfloat16s, whose lower halves are nought
-            std::memcpy(panels + d / PANEL * stride + k * PANEL + d % PANEL * 2, &pairs, sizeof pairs);
+void pack_values(const T* values, int length, int next, bf16* panels, int64_t stride) {
+    alignas(64) static constexpr uint16_t pairs[] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                     8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    const __m512i low = _mm512_load_si512(pairs), high = _mm512_add_epi16(low, _mm512_set1_epi16(LANES));
+    for (int k = 0; k < length; k += 2) {
+        ask_for<2 * DIM>(values + k * DIM, next / 2);
+        for (int d = 0; d < DIM; d += PANEL) {
+            const __m512i even = (__m512i)load_pairs(values + k * DIM + d);
+            const __m512i odd = k + 1 < length ? (__m512i)load_pairs(values + (k + 1) * DIM + d) : __m512i{};
+            bf16* to = panels + d / PANEL * stride + k * PANEL;
+            _mm512_store_si512(to, _mm512_permutex2var_epi16(even, low, odd));
+            _mm512_store_si512(to + PANEL, _mm512_permutex2var_epi16(even, high, odd));
         }
+    }
 }
+#endif

@@ -123,8 +123,8 @@ struct QueryBlock {
 
     template <typename S>
     void pack(const KV& kv, int64_t place, int found) {
-        pack_keys<C, DIM>((const S*)kv.keys + place * DIM, found, keys);
-        pack_values<DIM>((const S*)kv.values + place * DIM, found, values, KEYS * PANEL);
+        pack_keys<C, DIM>((const S*)kv.keys + place * DIM, found, KEYS, keys);
+        pack_values<DIM>((const S*)kv.values + place * DIM, found, KEYS, values, KEYS * PANEL);
     }
 
     template <int ROWS>

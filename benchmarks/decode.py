@@ -24,8 +24,7 @@ def main() -> None:
     parser.add_argument("--kv", choices=("int8",))
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    config = EngineConfig(kv_dtype=arguments.kv)
-    options = {"dtype": arguments.dtype, "weights": arguments.weights}
+    config, options = EngineConfig(kv_dtype=arguments.kv), {"dtype": arguments.dtype, "weights": arguments.weights}
     with Engine.load(config=config, **options, wait_for_kernels=True) as engine:
         facts = ModelFacts.of(engine)
         rows = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -121,13 +121,8 @@ def prepare(
     watched = Watched(network)
     attention = _probe(network, config, watched)
     pending = None
-    if kernels is None and device.type == "cuda":
-        kernels = cuda_kernels(dtype, device)
-    elif kernels is None:
-        started = start_kernels(dtype, device, (shape.dim for shape in attention.values()))
-        if not wait_for_kernels and not started.done():
-            pending = Pending(started, watched.seen)
-        kernels = TorchKernels() if pending else started.result()
+    if kernels is None:
+        kernels, pending = _pick_kernels(network, watched, attention.values(), wait_for_kernels)
     deltas = DeltaContext()
     with torch.inference_mode(), on_device(device):
         shapes = fuse_layers(network, watched, attention, deltas, kernels, weights)
@@ -152,6 +147,18 @@ def prepare(
         weights=weights,
         pending=pending,
     )
+
+
+def _pick_kernels(
+    network: Any, watched: Watched, shapes: Iterable[AttentionShape], wait: bool
+) -> tuple[Kernels, Pending | None]:
+    """The fastest for a model's type and device; those that have to be compiled first are waited for, or pending."""
+    if network.device.type == "cuda":
+        return cuda_kernels(network.dtype, network.device), None
+    started = start_kernels(network.dtype, network.device, (shape.dim for shape in shapes))
+    if wait or started.done():
+        return started.result(), None
+    return TorchKernels(), Pending(started, watched.seen)
 
 
 def pick_device(device: str | None) -> torch.device:

@@ -24,7 +24,7 @@ from tests.server.test_ending import free_port, process
 CONFIG = Path(__file__).parents[2] / "deploy" / "haproxy.cfg"
 
 
-def needs_haproxy() -> str:
+def needshaproxy() -> str:
     """The router's program. Without it the test is skipped, and the run's summary says so."""
     found = shutil.which("haproxy")
     if found is None:
@@ -45,7 +45,7 @@ class Routed:
 @contextmanager
 def routed(folder: Path, *flags: str) -> Iterator[Routed]:
     """Two replicas of one model behind HAProxy, as deploy/haproxy.cfg has it."""
-    program = needs_haproxy()
+    program = needshaproxy()
     # One thread each: threads that wait for each other stand still where they outnumber the cores.
     with ExitStack() as stack:
         with ThreadPoolExecutor(2) as pool:
@@ -54,14 +54,15 @@ def routed(folder: Path, *flags: str) -> Iterator[Routed]:
             )
             servers = list(started)
         names = {f"replica{number}": server for number, server in enumerate(servers, 1)}
-        url = stack.enter_context(_haproxy(program, [url for url, _ in servers]))
+        url = stack.enter_context(haproxy(program, [url for url, _ in servers]))
         yield Routed(
             url, {name: it for name, (_, it) in names.items()}, {name: url for name, (url, _) in names.items()}
         )
 
 
 @contextmanager
-def _haproxy(program: str, replicas: list[str]) -> Iterator[str]:
+def haproxy(program: str, replicas: list[str]) -> Iterator[str]:
+    """The router before servers of these addresses, once one of them answers through it."""
     address = f"127.0.0.1:{free_port()}"
     addresses = {f"REPLICA_{number}": url.removeprefix("http://") for number, url in enumerate(replicas, 1)}
     router = subprocess.Popen(

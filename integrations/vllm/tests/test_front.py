@@ -20,12 +20,12 @@ import psutil
 import pytest
 from benchmarks.peers_build import VLLM
 from openai import BadRequestError, OpenAI
-from serving import Vllm
 from tests.server.running import running
 
 from midstream.config import ServerConfig
 from midstream.engine.engine import AsyncEngine
 from midstream.server.folders import load_adapters
+from serving import Vllm
 
 ROOT = Path(__file__).parents[3]
 BLOCK = 32
@@ -97,7 +97,11 @@ def ask(request: pytest.FixtureRequest) -> Any:
 
 
 def test_the_openai_client_is_answered_the_same(front: Front, embedded: str, ask: Any) -> None:
-    found, expected = (ask(OpenAI(base_url=f"{url}/v1", api_key="none")) for url in (front.url, embedded))
+    answers = []
+    for url in (front.url, embedded):
+        with OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+            answers.append(ask(client))
+    found, expected = answers
     assert [one["text"] for one in found] == [one["text"] for one in expected]
     for one, other in zip(found, expected, strict=True):
         assert one["logprobs"] == pytest.approx(other["logprobs"], abs=1e-3)
@@ -185,8 +189,8 @@ def test_an_adapter_reuses_the_base_models_turn_up_to_the_block_of_its_activatio
 def test_a_missing_invocation_is_the_same_error(front: Front, embedded: str) -> None:
     found = []
     for url in (front.url, embedded):
-        with pytest.raises(BadRequestError) as error:
-            OpenAI(base_url=f"{url}/v1", api_key="none").completions.create(model="jailbreak", prompt="hello")
+        with OpenAI(base_url=f"{url}/v1", api_key="none") as client, pytest.raises(BadRequestError) as error:
+            client.completions.create(model="jailbreak", prompt="hello")
         found.append((error.value.status_code, error.value.code))
     assert found == [(400, "invocation_missing")] * 2
 

@@ -86,6 +86,11 @@ class Front:
             self._bound[asked.lora_int_id] = bound
             self.failures.pop(asked.lora_name, None)
 
+    def took(self, asked: LoRARequest, bound: Bound) -> None:
+        """The workers have loaded it: from now on the caller's number stands for it."""
+        self.bind(asked, bound)
+        self.loaded.add(bound.request.lora_int_id)
+
     def unbind(self, number: int) -> int:
         """Forget a caller's number; gives the engine's, or the same where it stood for none of ours."""
         with self._lock:

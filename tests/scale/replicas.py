@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import time
-import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,12 +23,11 @@ from tests.server.test_ending import free_port, process
 CONFIG = Path(__file__).parents[2] / "deploy" / "haproxy.cfg"
 
 
-def needshaproxy() -> str:
-    """The router's program. Without it the test is skipped, and the run's summary says so."""
+def needs_haproxy() -> str:
+    """The router's program. Skips the test where there is none."""
     found = shutil.which("haproxy")
     if found is None:
-        warnings.warn("HAProxy is not installed: the router of deploy/haproxy.cfg is NOT tested", stacklevel=2)
-        pytest.skip("needs haproxy (apt-get install haproxy)")
+        pytest.skip("THE ROUTER OF deploy/ IS NOT TESTED: haproxy is not installed (apt-get install haproxy)")
     return found
 
 
@@ -45,7 +43,7 @@ class Routed:
 @contextmanager
 def routed(folder: Path, *flags: str) -> Iterator[Routed]:
     """Two replicas of one model behind HAProxy, as deploy/haproxy.cfg has it."""
-    program = needshaproxy()
+    program = needs_haproxy()
     # One thread each: threads that wait for each other stand still where they outnumber the cores.
     with ExitStack() as stack:
         with ThreadPoolExecutor(2) as pool:

@@ -8,18 +8,12 @@ from tests.deploy.test_settings import VLLMS
 
 from serving import Vllm
 
-# The parser of `vllm serve`, which lies elsewhere in each version.
 PARSER = """
-import importlib, json, sys
+import json, sys
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
-for name in ("vllm.entrypoints.launchers.cli_args", "vllm.entrypoints.openai.cli_args"):
-    try:
-        module = importlib.import_module(name)
-    except ModuleNotFoundError:
-        continue
-    break
 for command in json.loads(sys.argv[1]):
-    found = module.make_arg_parser(FlexibleArgumentParser()).parse_args(command)
+    found = make_arg_parser(FlexibleArgumentParser()).parse_args(command)
     print(json.dumps([found.model_tag, found.max_logprobs, [each.name for each in found.lora_modules]]))
 """
 

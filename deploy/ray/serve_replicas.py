@@ -5,7 +5,7 @@ request on to it as it is. Ray's consistent hashing by the header x-session-id, 
 conversation, base model and adapters alike, on one replica. Run with Ray 2.60:
 
     pip install "ray[serve]" httpx
-    SERVER="python -m vllm.entrypoints.openai.api_server --model MODEL --enable-lora --lora-modules NAME=FOLDER" \\
+    SERVER="vllm serve MODEL --enable-lora --lora-modules NAME=FOLDER" \\
         REPLICAS=4 GPUS=1 serve run deploy.ray.serve_replicas:app
     midstream serve --backend http://127.0.0.1:8000 --model MODEL --adapter NAME=FOLDER --port 8080
 """

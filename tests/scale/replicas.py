@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import time
-import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,11 +24,10 @@ CONFIG = Path(__file__).parents[2] / "deploy" / "haproxy.cfg"
 
 
 def needs_haproxy() -> str:
-    """The router's program. Without it the test is skipped, and the run's summary says so."""
+    """The router's program. Skips the test where there is none."""
     found = shutil.which("haproxy")
     if found is None:
-        warnings.warn("HAProxy is not installed: the router of deploy/haproxy.cfg is NOT tested", stacklevel=2)
-        pytest.skip("needs haproxy (apt-get install haproxy)")
+        pytest.skip("THE ROUTER OF deploy/ IS NOT TESTED: haproxy is not installed (apt-get install haproxy)")
     return found
 
 
@@ -54,14 +52,15 @@ def routed(folder: Path, *flags: str) -> Iterator[Routed]:
             )
             servers = list(started)
         names = {f"replica{number}": server for number, server in enumerate(servers, 1)}
-        url = stack.enter_context(_haproxy(program, [url for url, _ in servers]))
+        url = stack.enter_context(haproxy(program, [url for url, _ in servers]))
         yield Routed(
             url, {name: it for name, (_, it) in names.items()}, {name: url for name, (url, _) in names.items()}
         )
 
 
 @contextmanager
-def _haproxy(program: str, replicas: list[str]) -> Iterator[str]:
+def haproxy(program: str, replicas: list[str]) -> Iterator[str]:
+    """The router before servers of these addresses, once one of them answers through it."""
     address = f"127.0.0.1:{free_port()}"
     addresses = {f"REPLICA_{number}": url.removeprefix("http://") for number, url in enumerate(replicas, 1)}
     router = subprocess.Popen(

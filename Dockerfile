@@ -6,7 +6,7 @@ FROM python:3.11-slim
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 ARG TORCH=torch==2.13.0
 
-# The kernels of a decode step are compiled at the first load, for the processor they then run on.
+# The kernels are compiled in the background of the first load, for the processor they then run on.
 RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 RUN useradd --create-home midstream
 WORKDIR /opt/midstream

@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--dtype", default=None)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, Engine.load(dtype=arguments.dtype) as engine:
+    with tempfile.TemporaryDirectory() as folder, Engine.load(dtype=arguments.dtype, wait_for_kernels=True) as engine:
         # Two of each: a call with another answer must be the first of its adapter too.
         names = Names(
             *load_variants(engine, 2, Path(folder)), *load_variants(engine, 2, Path(folder), "jailbreak-lora")

@@ -24,8 +24,8 @@ def main() -> None:
     parser.add_argument("--kv", choices=("int8",))
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    config = EngineConfig(kv_dtype=arguments.kv)
-    with Engine.load(config=config, dtype=arguments.dtype, weights=arguments.weights) as engine:
+    config, options = EngineConfig(kv_dtype=arguments.kv), {"dtype": arguments.dtype, "weights": arguments.weights}
+    with Engine.load(config=config, **options, wait_for_kernels=True) as engine:
         facts = ModelFacts.of(engine)
         rows = []
         for depth in (int(d) for d in arguments.depths.split(",")):

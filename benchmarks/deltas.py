@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--dtype", default=None)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    with Engine.load(dtype=arguments.dtype) as engine:
+    with Engine.load(dtype=arguments.dtype, wait_for_kernels=True) as engine:
         facts = ModelFacts.of(engine)
         rows = [measure(engine, facts, arguments, int(rank)) for rank in arguments.ranks.split(",")]
     write(arguments.json, {"machine": machine(), "dtype": facts.dtype_name, "rows": rows})

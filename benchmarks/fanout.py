@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--dtype", default=None)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, Engine.load(dtype=arguments.dtype) as engine:
+    with tempfile.TemporaryDirectory() as folder, Engine.load(dtype=arguments.dtype, wait_for_kernels=True) as engine:
         names = load_variants(engine, arguments.k, Path(folder))
         lengths = [int(n) for n in arguments.contexts.split(",")]
         measure(engine, names, min(lengths), 1)  # first use of every kernel

@@ -47,7 +47,7 @@ def main() -> None:
     arguments = _parser().parse_args()
     raw = Raw(arguments.raw)
     if arguments.minutes > 0:
-        with Engine.load(dtype=arguments.dtype) as engine:
+        with Engine.load(dtype=arguments.dtype, wait_for_kernels=True) as engine:
             engine.load_library()
             _run(engine, raw, arguments)
     report = summary(raw)

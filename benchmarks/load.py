@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--png", type=Path)
     arguments = parser.parse_args()
-    with Engine.load(dtype=arguments.dtype) as engine:
+    with Engine.load(dtype=arguments.dtype, wait_for_kernels=True) as engine:
         root = library_folder(engine.aio.model_name)
         if root is None:
             raise SystemExit("run from a checkout: the benchmark needs library/")

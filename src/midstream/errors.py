@@ -27,6 +27,7 @@ MidstreamError
 ├── RetrievalError              a retriever failed, or gave what cannot be read
 ├── ForwardFailed               the forward pass of one request failed
 ├── BackendError                a server that a backend calls cannot be reached or understood
+├── Unsupported                 what the backend in use cannot do
 └── EngineStopped               the engine was closed or its loop failed
 """
 
@@ -217,6 +218,13 @@ class BackendError(MidstreamError):
 
     status = 502
     code = "backend_error"
+
+
+class Unsupported(MidstreamError):
+    """The backend in use cannot do this; another one can."""
+
+    status = 501
+    code = "not_supported"
 
 
 class EngineStopped(MidstreamError):

@@ -52,11 +52,16 @@ class Engine:
         dtype: str | None = None,
         device: str | None = None,
         weights: str | None = None,
+        wait_for_kernels: bool = False,
         progress: bool = False,
     ) -> Engine:
-        """Load a known model, a Hugging Face folder or hub id, or a GGUF file. Raises ModelError."""
+        """Load a known model, a Hugging Face folder or hub id, or a GGUF file. Raises ModelError.
+
+        `wait_for_kernels`: until they are compiled, where the machine has none yet; see AsyncEngine.load.
+        """
+        options = {"dtype": dtype, "device": device, "weights": weights}
         return cls(
-            AsyncEngine.load(model, config=config, dtype=dtype, device=device, weights=weights, progress=progress)
+            AsyncEngine.load(model, config=config, **options, wait_for_kernels=wait_for_kernels, progress=progress)
         )
 
     def load_adapter(self, folder: str | Path, *, name: str | None = None, pin: bool = False) -> AdapterInfo:

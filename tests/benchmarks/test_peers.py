@@ -115,8 +115,8 @@ def test_a_label_is_decided_by_one_token() -> None:
 
 def test_peers_are_named_with_their_variants() -> None:
     assert [str(Peer.parse(text)) for text in ("peft", "llama.cpp:Q8_0")] == ["peft", "llama.cpp:Q8_0"]
-    kinds = [Peer.parse(text).adapters for text in ("peft:cache", "llama.cpp", "vllm", "vllm:compiled")]
-    assert kinds == ["alora", "alora", "lora", None]
+    kinds = [Peer.parse(text).adapters for text in ("peft:cache", "llama.cpp", "vllm", "vllm:compiled", "vllm:plugin")]
+    assert kinds == ["alora", "alora", "lora", None, "alora"]
     for wrong in ("ollama", "peft:Q8_0"):
         with pytest.raises(ValueError, match="is no peer: peft, peft:cache, "):
             Peer.parse(wrong)

@@ -132,7 +132,7 @@ async def test_chunks_of_any_size_give_the_same_numbers(step_tokens: int, kernel
 @pytest.mark.parametrize("kind", KERNELS)
 async def test_bfloat16_follows_the_rounded_keys_and_values(kind: str) -> None:
     model = network(*FUSED["llama"]).to(torch.bfloat16)
-    engine = fused_engine(model, kernels_named(kind), kv_dtype="int8")
+    engine = fused_engine(model, kernels_named(kind, torch.bfloat16), kv_dtype="int8")
     try:
         await engine.warm(TEXT)
         prompt = (*TEXT, 7)
@@ -147,9 +147,11 @@ async def test_bfloat16_follows_the_rounded_keys_and_values(kind: str) -> None:
 # ---------------------------------------------------------------------- what the setting means
 
 
-async def test_the_same_budget_holds_more_tokens(kernels: Kernels) -> None:
+@pytest.mark.parametrize("name", KERNELS)
+async def test_the_same_budget_holds_more_tokens(name: str) -> None:
     """Heads of 64 in bfloat16: 68 bytes for 128."""
     model = network(*FUSED["llama with heads of 64"]).to(torch.bfloat16)
+    kernels = kernels_named(name, torch.bfloat16)
     budget = 3 * 2 * 2 * 128 * 100  # of all layers: 100 tokens
     params = SamplingParams(max_tokens=4, ignore_eos=True)
     prompt = tuple(range(4, 180))

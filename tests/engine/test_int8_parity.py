@@ -101,7 +101,7 @@ async def test_adapters_on_rounded_weights_equal_pefts(adapter: str | None, kern
 @pytest.mark.parametrize("kind", KERNELS)
 async def test_bfloat16_follows_the_rounded_weights(kind: str) -> None:
     model = network(*FUSED["llama"]).to(torch.bfloat16)
-    engine = fused_engine(model, kernels_named(kind), "int8")
+    engine = fused_engine(model, kernels_named(kind, torch.bfloat16), "int8")
     try:
         await engine.warm(TEXT)
         prompt = (*TEXT, 7)

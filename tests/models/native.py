@@ -16,10 +16,10 @@ from midstream.models.extents import ExtentCall
 from midstream.models.kernels import Kernels, TorchKernels
 from midstream.models.kv import KVKind, LayerKV, rounded
 from midstream.models.load import LoadedModel
-from midstream.models.native.kernels import NativeKernels, pick_kernels
+from midstream.models.native.kernels import HEAD_DIMS, NativeKernels, start_kernels
 from midstream.models.native.pack import depth_step
 from midstream.models.native.products import PackedProduct
-from midstream.models.products import Product, WeightKind
+from midstream.models.products import Held, WeightKind, quantized
 from midstream.models.stack import FusedStack
 
 needs_compiler = pytest.mark.skipif(
@@ -37,7 +37,8 @@ KERNELS = [
 
 
 def native(dtype: torch.dtype = torch.float32) -> NativeKernels:
-    kernels = pick_kernels(dtype, torch.device("cpu"))
+    """For heads of every size."""
+    kernels = start_kernels(dtype, torch.device("cpu"), HEAD_DIMS).result()
     assert isinstance(kernels, NativeKernels)
     return kernels
 
@@ -45,31 +46,30 @@ def native(dtype: torch.dtype = torch.float32) -> NativeKernels:
 class UnpackedKernels(NativeKernels):
     """As on a processor whose registers are narrow: the products are torch's."""
 
-    def product(self, weight: Tensor, bias: Tensor | None, kind: WeightKind | None, *, wide: bool = False) -> Product:
-        return TorchKernels.product(self, weight, bias, kind, wide=wide)
+    def _packs(self, depth: int) -> bool:
+        return False
 
 
 class PackedKernels(NativeKernels):
     """As on a processor whose registers are wide: every product of even depth is packed."""
 
-    def product(self, weight: Tensor, bias: Tensor | None, kind: WeightKind | None, *, wide: bool = False) -> Product:
-        if weight.shape[1] % depth_step(weight.dtype):
-            return TorchKernels.product(self, weight, bias, kind, wide=wide)
-        return packed(weight, bias, kind, wide=wide)
+    def _packs(self, depth: int) -> bool:
+        return depth % depth_step(self._dtype) == 0
 
 
 def packed(
     weight: Tensor, bias: Tensor | None = None, kind: WeightKind | None = None, *, wide: bool = False
 ) -> PackedProduct:
     """On any processor, wide registers or not."""
-    return PackedProduct(native()._library, DTYPES.index(weight.dtype), weight, bias, kind, wide=wide)
+    held = Held(weight if kind is None else quantized(weight), bias, wide)
+    return PackedProduct(native(weight.dtype)._library, weight.dtype, held)
 
 
-def kernels_named(name: str) -> Kernels:
+def kernels_named(name: str, dtype: torch.dtype = torch.float32) -> Kernels:
     """One of KERNELS."""
     if name == "torch":
         return TorchKernels()
-    return (UnpackedKernels if name == "layers" else PackedKernels)(native()._library)
+    return (UnpackedKernels if name == "layers" else PackedKernels)(native(dtype)._library, dtype, HEAD_DIMS)
 
 
 def decoder_layers(loaded: LoadedModel) -> list[nn.Module]:

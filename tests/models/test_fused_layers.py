@@ -87,7 +87,7 @@ def network(config: Any, more: dict[str, Any]) -> Any:
 
 def made(model: Any, kernels: str | None = None) -> LoadedModel:
     """A copy of the model, prepared with the named kernels or, with None, those that the engine picks."""
-    named = None if kernels is None else kernels_named(kernels)
+    named = None if kernels is None else kernels_named(kernels, model.dtype)
     return prepare(copy.deepcopy(model), tiny_chat(), name="tiny", kernels=named)
 
 

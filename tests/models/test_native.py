@@ -335,3 +335,24 @@ def test_nan_stays_in_its_row_and_harms_nothing(dtype: torch.dtype) -> None:
         found = kernels.attend(random(2, 3, 32, dtype=dtype), LayerKV(keys, values), call, 1.0)
         assert found[:2].isnan().all()
         assert found[2].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_numbers_of_another_type_are_left_to_torch(dtype: torch.dtype) -> None:
+    """A library is of one type: a part of a model that is of another does not get into it."""
+    other = torch.bfloat16 if dtype == torch.float32 else torch.float32
+    kernels, torchs = native(other), TorchKernels()
+    x, weight = random(3, 64, dtype=dtype), random(64, seed=1, dtype=dtype)
+    assert torch.equal(kernels.norm(x, weight, 1e-5), torchs.norm(x, weight, 1e-5))
+    assert torch.equal(kernels.gated(x), torchs.gated(x))
+    added, expected = x.clone(), x.clone()
+    found = kernels.add_norm(added, x, 0.5, weight, 1e-5)
+    assert torch.equal(found, torchs.add_norm(expected, x, 0.5, weight, 1e-5))
+    assert torch.equal(added, expected)
+    square = random(64, 64, dtype=dtype)
+    product = torchs.product(square, None, None)
+    assert isinstance(kernels.product(square, None, None), type(product))
+    assert kernels.repacked(product) is product
+    keys, call = random(1, 3, 64, dtype=dtype), ExtentBuilder().call()
+    with pytest.raises(RuntimeError, match="do not attend in"):
+        kernels.attend(keys, LayerKV(keys, keys), call, 1.0)

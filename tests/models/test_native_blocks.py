@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import pytest
@@ -15,7 +15,7 @@ from midstream.models.attention_plan import AttentionPlan, Range, RowSegment
 from midstream.models.extents import ExtentBuilder, ExtentCall, Span
 from midstream.models.kv import KVKind, LayerKV
 from midstream.models.native import build
-from midstream.models.native.kernels import NativeKernels
+from midstream.models.native.kernels import _NUMBERS, HEAD_DIMS, NativeKernels
 from tests.models.native import (
     DTYPES,
     KV_KINDS,
@@ -108,9 +108,12 @@ def test_windows(window: int, dim: int, kind: KVKind | None, dtype: torch.dtype)
     check(builder.call(), heads=3, kv_heads=1, dim=dim, dtype=dtype, rows=150, kind=kind)
 
 
+Narrow = Callable[[torch.dtype], NativeKernels]
+
+
 @pytest.fixture(scope="module", params=["-march=x86-64", "-march=x86-64-v3"])
-def narrow(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> NativeKernels:
-    """The kernels as they are compiled for a processor without AVX-512, or without AVX."""
+def narrow(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Narrow:
+    """The kernels as they are compiled for a processor without AVX-512, or without AVX, by type."""
     if platform.machine() != "x86_64":
         pytest.skip("needs a processor of that family")
     if request.param.endswith("v3") and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
@@ -119,14 +122,19 @@ def narrow(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         patch.setenv("MIDSTREAM_CACHE", str(tmp_path_factory.mktemp("narrow")))
         patch.setattr(build, "_NATIVE", (request.param,))
         patch.setattr(build, "_FLAGS", ("-O1", *build._FLAGS[1:]))  # compiled in half of the time
-        library = build.compiled()
-    assert library is not None
-    return NativeKernels(library)
+        libraries = {dtype: build.compiled(_NUMBERS[dtype], HEAD_DIMS) for dtype in DTYPES}
+
+    def of(dtype: torch.dtype) -> NativeKernels:
+        library = libraries[dtype]
+        assert library is not None
+        return NativeKernels(library, dtype, HEAD_DIMS)
+
+    return of
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [32, 64, 96, 128, 256])
-def test_on_processors_with_narrower_registers(narrow: NativeKernels, dim: int, dtype: torch.dtype) -> None:
+def test_on_processors_with_narrower_registers(narrow: Narrow, dim: int, dtype: torch.dtype) -> None:
     for group in range(1, 6):
         builder = ExtentBuilder()
         builder.add_block(0, 50, 130, [Span(400, 97, 0), Span(3, 33, 97), Span(50, 50, 130)])
@@ -135,7 +143,7 @@ def test_on_processors_with_narrower_registers(narrow: NativeKernels, dim: int, 
         builder.add(600, 70, [57])
         for kind in KV_KINDS:
             sizes = {"heads": 2 * group, "kv_heads": 2, "dim": dim, "rows": 58}
-            check(builder.call(), **sizes, dtype=dtype, kernels=narrow, kind=kind)
+            check(builder.call(), **sizes, dtype=dtype, kernels=narrow(dtype), kind=kind)
 
 
 # ---------------------------------------------------------------------- what a row's result depends on

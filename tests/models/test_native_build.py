@@ -1,12 +1,16 @@
-"""Compiling the kernels: once, whole or not at all, and never in the way of a machine that cannot."""
+"""Compiling the kernels: once, whole or not at all, never in the way of an answer or of a machine that cannot."""
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
+import fcntl
 import logging
 import os
 import shutil
+import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,14 +19,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from midstream.models.kernels import TorchKernels
+from midstream.config import EngineConfig
+from midstream.engine.engine import AsyncEngine
+from midstream.models.kernels import Kernels, TorchKernels
 from midstream.models.native import build, kernels
-from midstream.models.native.kernels import NativeKernels, pick_kernels
+from midstream.models.native.kernels import NativeKernels, start_kernels
+from midstream.types import Request, SamplingParams
 from tests.models.native import needs_compiler
 from tests.models.served import check
 from tests.models.test_fused_layers import FUSED, fused, made, network
+from tests.reference import logits
+from tests.tiny import save_tiny_tokenizer
 
 CPU = torch.device("cpu")
+FLOAT32 = ("float", (32,))
 # A compiler that answers questions about itself, and when told to compile does what a test wants of it.
 SCRIPT = """#!/bin/sh
 PATH=/usr/bin:/bin
@@ -38,19 +48,20 @@ for out; do :; done
 {body}
 """
 Compiler = Callable[..., Path]
+# What is compiled is there when a test has made the file `go`.
+WAITING = 'while [ ! -e "{go}" ]; do sleep 0.01; done; cp "{library}" "$out"'
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache; no kernels of another test are taken, and none of this one's stay."""
     monkeypatch.setenv("MIDSTREAM_CACHE", str(tmp_path / "cache"))
-    kernels._native.cache_clear()
-    yield tmp_path / "cache" / "native"
-    kernels._native.cache_clear()
+    monkeypatch.setattr(kernels, "_started", {})
+    return tmp_path / "cache" / "native"
 
 
 @pytest.fixture
-def compiler(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Compiler:
+def compiler(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Compiler]:
     """Puts a compiler of its own in the place of the machine's; returns where it notes how it was called."""
 
     def put(body: str, *, march: str = ":", version: int = 1) -> Path:
@@ -61,28 +72,45 @@ def compiler(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Co
         monkeypatch.setenv("PATH", str(folder))
         return calls
 
-    return put
+    yield put
+    (tmp_path / "go").touch()
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The kernels as the machine's compiler makes them."""
+    """The kernels as the machine's compiler makes them, for float32 and heads of 32."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MIDSTREAM_CACHE", str(tmp_path_factory.mktemp("cache")))
-        assert isinstance(build.compiled(), ctypes.PyDLL)
-        (found,) = (build.cache_folder() / "native").iterdir()
+        assert isinstance(build.compiled(*FLOAT32), ctypes.PyDLL)
+        (found,) = files(build.cache_folder() / "native")
     return found
 
 
 def files(folder: Path) -> list[Path]:
-    return list(folder.iterdir()) if folder.is_dir() else []
+    """All but the locks."""
+    return [path for path in folder.iterdir() if path.suffix != ".lock"] if folder.is_dir() else []
+
+
+def picked() -> Kernels:
+    return start_kernels(torch.float32, CPU, [32]).result()
+
+
+def compilations(calls: Path) -> int:
+    return sum(" -o " in line for line in calls.read_text().splitlines()) if calls.exists() else 0
+
+
+def wait_for(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def assert_torch_serves(caplog: pytest.LogCaptureFixture, level: str, said: str) -> None:
     """Once, with the reason in the log; it is not tried again."""
     with caplog.at_level(logging.INFO, logger=build.__name__):
-        picked = [pick_kernels(dtype, CPU) for dtype in (torch.float32, torch.bfloat16)]
-    assert [type(found) for found in picked] == [TorchKernels] * 2
+        found = [picked(), picked()]
+    assert [type(each) for each in found] == [TorchKernels] * 2
     (record,) = caplog.records
     assert record.levelname == level
     assert said in record.getMessage()
@@ -150,8 +178,8 @@ def test_a_cache_that_cannot_be_written(
 
 
 def test_types_and_devices_that_the_kernels_do_not_serve() -> None:
-    assert type(pick_kernels(torch.float16, CPU)) is TorchKernels
-    assert type(pick_kernels(torch.float32, torch.device("cuda"))) is TorchKernels
+    for dtype, device in ((torch.float16, CPU), (torch.float32, torch.device("cuda"))):
+        assert type(start_kernels(dtype, device, [32]).result()) is TorchKernels
 
 
 # ---------------------------------------------------------------------- machines that can
@@ -168,7 +196,7 @@ def test_compiled_once_and_kept(library: Path, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(subprocess, "run", record)
     made_at = library.stat().st_mtime_ns
-    again = build.compiled()
+    again = build.compiled(*FLOAT32)
     assert again is not None
     assert again._name == str(library)
     # The compiler is asked what it is and what the processor is; it compiles nothing.
@@ -182,27 +210,111 @@ def test_compiled_once_and_kept(library: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_asked_for_once_in_a_process(library: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def once() -> ctypes.PyDLL:
-        asked.append(1)
+    def once(number: str, heads: tuple[int, ...]) -> ctypes.PyDLL:
+        asked.append((number, heads))
         return ctypes.PyDLL(str(library))
 
     monkeypatch.setattr(kernels, "compiled", once)
-    first, second = pick_kernels(torch.float32, CPU), pick_kernels(torch.bfloat16, CPU)
-    assert isinstance(first, NativeKernels)
-    assert first is second
-    assert asked == [1]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: picked(), range(8)))
+    assert isinstance(found[0], NativeKernels)
+    assert set(map(id, found)) == {id(found[0])}
+    assert asked == [FLOAT32]
+    # Heads of no size that is served are as good as none; another type and other heads are another library.
+    assert start_kernels(torch.float32, CPU, [32, 48]).result() is found[0]
+    start_kernels(torch.bfloat16, CPU, [32]).result()
+    start_kernels(torch.float32, CPU, [64, 32]).result()
+    assert asked[1:] == [("bf16", (32,)), ("float", (32, 64))]
 
 
 @needs_compiler
-def test_two_that_compile_at_once_both_end_well(library: Path, cache: Path, compiler: Compiler) -> None:
-    calls = compiler(f'sleep 0.3; cp "{library}" "$out"')
+def test_two_processes_at_once_compile_once(library: Path, cache: Path, compiler: Compiler, tmp_path: Path) -> None:
+    calls = compiler(WAITING.format(go=tmp_path / "go", library=library))
     with ThreadPoolExecutor(2) as pool:
-        both = list(pool.map(lambda _: build.compiled(), range(2)))
-    assert all(found is not None for found in both)
+        both = [pool.submit(build.compiled, *FLOAT32) for _ in range(2)]
+        wait_for(lambda: compilations(calls) > 0)
+        (tmp_path / "go").touch()
+        assert all(found.result() is not None for found in both)
     assert len(files(cache)) == 1
-    assert calls.read_text().count("-shared") == 2
-    assert build.compiled() is not None
-    assert calls.read_text().count("-shared") == 2
+    assert build.compiled(*FLOAT32) is not None
+    assert compilations(calls) == 1
+
+
+@needs_compiler
+def test_what_a_killed_one_leaves_is_taken_away(library: Path, cache: Path, compiler: Compiler) -> None:
+    calls = compiler('echo half > "$out"; kill -9 $PPID; exit 1')
+    assert build.compiled(*FLOAT32) is None
+    assert len(files(cache)) == 1
+    compiler(f'cp "{library}" "$out"')
+    assert isinstance(build.compiled(*FLOAT32), ctypes.PyDLL)
+    assert [path.read_bytes() for path in files(cache)] == [library.read_bytes()]
+    assert compilations(calls) == 2
+
+
+@needs_compiler
+def test_a_process_that_ends_first_leaves_a_library(
+    library: Path, cache: Path, compiler: Compiler, tmp_path: Path
+) -> None:
+    calls = compiler(WAITING.format(go=tmp_path / "go", library=library))
+    program = "from midstream.models.native.kernels import *; start_kernels(torch.float32, torch.device('cpu'), [32]); "
+    with subprocess.Popen(
+        [sys.executable, "-c", program + "import sys; sys.stdin.read()"], stdin=subprocess.PIPE
+    ) as it:
+        wait_for(lambda: compilations(calls) > 0)
+        it.send_signal(signal.SIGINT)
+        it.wait(timeout=60)
+    assert [path.stat().st_size for path in files(cache)] == [0]
+    (tmp_path / "go").touch()
+    (lock,) = cache.glob("*.lock")
+    with lock.open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+    assert [path.read_bytes() for path in files(cache)] == [library.read_bytes()]
+
+
+# ---------------------------------------------------------------------- answers do not wait
+
+
+@needs_compiler
+async def test_the_first_answer_does_not_wait_for_the_compiler(
+    library: Path, cache: Path, compiler: Compiler, tmp_path: Path
+) -> None:
+    """And the kernels are taken when they come."""
+    calls = compiler(WAITING.format(go=tmp_path / "go", library=library))
+    model = network(*FUSED["llama"])
+    model.save_pretrained(tmp_path / "tiny")
+    save_tiny_tokenizer(tmp_path / "tiny")
+    request = Request(prompt=tuple(range(10, 60)), params=SamplingParams(max_tokens=8, ignore_eos=True))
+    expected: list[int] = []
+    for _ in range(8):
+        expected.append(int(logits(model, [*request.prompt, *expected])[-1].argmax()))
+    engine = AsyncEngine.load(tmp_path / "tiny", dtype="float32", config=EngineConfig(kv_budget_bytes=4 * 1024**2))
+    try:
+        loaded = engine._loaded
+        first = await engine.complete(request)
+        assert list(first.token_ids) == expected
+        assert type(loaded.kernels) is TorchKernels
+        assert loaded.pending is not None
+        (tmp_path / "go").touch()
+        await asyncio.to_thread(wait_for, lambda: loaded.pending is None)
+        assert isinstance(loaded.kernels, NativeKernels)
+        second = await engine.complete(request)
+        assert list(second.token_ids) == expected
+        assert second.usage.cached_tokens == len(request.prompt) - 1
+        assert compilations(calls) == 1
+        await engine.check_integrity()
+    finally:
+        await engine.aclose()
+
+
+@needs_compiler
+async def test_who_asks_for_it_waits(library: Path, cache: Path, compiler: Compiler, tmp_path: Path) -> None:
+    compiler(f'sleep 0.2; cp "{library}" "$out"')
+    network(*FUSED["llama"]).save_pretrained(tmp_path / "tiny")
+    save_tiny_tokenizer(tmp_path / "tiny")
+    engine = AsyncEngine.load(tmp_path / "tiny", dtype="float32", wait_for_kernels=True)
+    await engine.aclose()
+    assert isinstance(engine._loaded.kernels, NativeKernels)
+    assert engine._loaded.pending is None
 
 
 def test_a_change_of_source_flags_or_compiler_is_another_library(
@@ -214,7 +326,7 @@ def test_a_change_of_source_flags_or_compiler_is_another_library(
     monkeypatch.setattr(build, "_HERE", sources)
 
     def key(flag: str = "-march=native") -> str:
-        return build._key(str(shutil.which("g++")), flag)
+        return build._key([str(shutil.which("g++")), *build._FLAGS, flag])
 
     keys = [key()]
     assert key() == keys[0]

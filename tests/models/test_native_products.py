@@ -76,7 +76,7 @@ def test_odd_depths_in_bfloat16_are_left_to_torch(kind: WeightKind | None) -> No
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_packed_where_the_processor_has_wide_registers(dtype: torch.dtype) -> None:
     """Torch's own where it has not: packing costs memory and time, and pays by them alone."""
-    has = bool(native()._library.midstream_has_products(DTYPES.index(dtype)))
+    has = bool(native(dtype)._library.midstream_has_products())
     product = native(dtype).product(*layer(40, 32, dtype), None)
     assert isinstance(product, PackedProduct) == has
     flags = torch.backends.cpu.get_cpu_capability()

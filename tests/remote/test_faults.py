@@ -18,6 +18,7 @@ from midstream import errors
 from midstream.backend import Portal, SyncBackend
 from midstream.errors import BackendError, DeadlineExceeded, EngineStopped, InputError, MidstreamError, OverloadedError
 from midstream.remote import RemoteBackend
+from midstream.remote.faults import PathMissing
 from midstream.server.replies import error_object
 from midstream.types import Chat, Choice, Message, Request, SamplingParams
 from tests.server.running import Running, make_engine, running, settled
@@ -87,7 +88,7 @@ async def test_every_error_of_a_midstream_server_comes_back_as_itself(kind: type
         (502, "bad gateway", BackendError, "bad gateway"),
         (503, "later", EngineStopped, "later"),
         (504, "late", DeadlineExceeded, "late"),
-        (404, {"detail": "Not Found"}, BackendError, "right server"),
+        (404, {"detail": "Not Found"}, PathMissing, "right server"),
         (404, {"error": {"message": "gone", "type": "NotFoundError", "code": 404}}, errors.ModelNotFound, "gone"),
         (400, {"object": "error", "message": "bad n", "type": "BadRequestError", "code": 400}, InputError, "bad n"),
         (

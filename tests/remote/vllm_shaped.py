@@ -40,7 +40,11 @@ class VllmShaped:
 
     def _models(self) -> dict[str, Any]:
         entries = [("tiny", None), *((info.name, "tiny") for info in self._engine.adapter_infos())]
-        data = [{"id": name, "object": "model", "owned_by": "vllm", "parent": parent} for name, parent in entries]
+        limits = {None: {"max_model_len": self._engine.max_context_tokens}}
+        data = [
+            {"id": name, "object": "model", "owned_by": "vllm", "parent": parent, **limits.get(parent, {})}
+            for name, parent in entries
+        ]
         return {"object": "list", "data": data}
 
     async def _tokenize(self, body: dict[str, Any]) -> httpx.Response:

@@ -16,11 +16,15 @@ import uvicorn
 
 from midstream.config import ServerConfig
 from midstream.engine.engine import AsyncEngine
+from midstream.remote import RemoteBackend
 from midstream.server.app import create_app
+from midstream.server.local_tokens import LocalTokens
+from midstream.server.remote_engine import RemoteEngine
 from midstream.server.run import GracefulServer
+from midstream.server.served import ServedEngine
 from midstream.server.service import Service
 from tests.helpers import make_adapter_folder, tiny_llama
-from tests.tiny import tiny_chat, tiny_engine
+from tests.tiny import VOCAB, tiny_chat, tiny_engine
 
 # name → (label or schema, what it reads, instruction); all answer what a random model answers.
 ADAPTERS: dict[str, tuple[dict[str, Any], str, str | None]] = {
@@ -67,12 +71,14 @@ def make_engine(root: Path, **config: Any) -> AsyncEngine:
 
 @dataclass
 class Running:
-    """A listening server. `client` speaks to it; `service` is its inside."""
+    """A listening server. `client` speaks to it; `service` is its inside, `engine` what computes at the bottom of it:
+    its own, or that of the server it stands in front of."""
 
     url: str
     client: httpx.Client
     service: Service
     server: uvicorn.Server
+    engine: AsyncEngine
 
     def run(self, coroutine: Any) -> Any:
         """Run a coroutine of the engine from the test's thread."""
@@ -80,13 +86,16 @@ class Running:
 
 
 @contextmanager
-def running(engine: AsyncEngine, **settings: Any) -> Iterator[Running]:
+def running(engine: ServedEngine, *, bottom: AsyncEngine | None = None, **settings: Any) -> Iterator[Running]:
     """Serve an engine on a free port until the block ends; then no KV may be held."""
+    if bottom is None:
+        assert isinstance(engine, AsyncEngine)
+        bottom = engine
     app = create_app(engine, ServerConfig(library=False, port=0, **settings))
     service = app.state.service
     config = uvicorn.Config(app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=10)
     server = GracefulServer(config, service)
-    thread = threading.Thread(target=server.run, daemon=True)
+    thread = threading.Thread(target=lambda: asyncio.run(_entered(engine, server)), daemon=True)
     thread.start()
     while not server.started:
         assert thread.is_alive(), "the server did not start"
@@ -95,13 +104,24 @@ def running(engine: AsyncEngine, **settings: Any) -> Iterator[Running]:
     headers = {"Authorization": f"Bearer {settings['api_keys'][0]}"} if settings.get("api_keys") else {}
     try:
         with httpx.Client(base_url=url, headers=headers, timeout=60) as client:
-            yield Running(url, client, service, server)
-            if engine.running:
-                asyncio.run(settled(engine))
+            yield Running(url, client, service, server, bottom)
+            if bottom.running:
+                asyncio.run(settled(bottom))
     finally:
         server.should_exit = True
         thread.join(30)
         assert not thread.is_alive()
+
+
+async def _entered(engine: ServedEngine, server: uvicorn.Server) -> None:
+    async with engine:
+        await server.serve()
+
+
+def front_of(url: str, **options: Any) -> RemoteEngine:
+    """What a server in front of another one over the tiny model stands on."""
+    backend = RemoteBackend(url, tokens=LocalTokens(tiny_chat()), look_up=False, **options)
+    return RemoteEngine(backend, tiny_chat(), model_name="tiny", vocab_size=VOCAB)
 
 
 async def settled(engine: AsyncEngine, seconds: float = 5.0) -> None:

@@ -201,7 +201,7 @@ def test_text_completions(live: Running) -> None:
 def test_one_wrong_prompt_of_several_ends_the_others(live: Running) -> None:
     body = {"prompt": [[40, 41, 42]] * 20 + [[999_999]], "max_tokens": 1500, "temperature": 0, "ignore_eos": True}
     assert live.client.post("/v1/completions", json=body).status_code == 400
-    asyncio.run(settled(live.service.engine, seconds=1))
+    asyncio.run(settled(live.engine, seconds=1))
     response = live.client.post("/v1/completions", json={**body, "prompt": ["x"] * 200})
     assert "at most 128" in response.json()["error"]["message"]
 

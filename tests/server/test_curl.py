@@ -14,7 +14,7 @@ import pytest
 
 from midstream.config import ServerConfig
 from midstream.engine.engine import AsyncEngine
-from midstream.server.run import load_adapters
+from midstream.server.folders import load_adapters
 from tests.server.running import Running, running
 
 ROOT = Path(__file__).parents[2]

@@ -150,7 +150,7 @@ def test_a_chat_as_the_library_has_it_is_rendered_as_the_engine_does(live: Runni
     )
     for header in (True, False):
         found = tokens(live, chat=talk.model_dump(), add_generation_prompt=header)
-        engine = live.service.engine.chat
+        engine = live.engine.chat
         assert tuple(found) == (engine.prompt(talk) if header else engine.history(talk))
     for wrong in ({"chat": talk.model_dump(), "prompt": "x"}, {"chat": talk.model_dump(), "tools": [{}]}, {}):
         assert live.client.post("/tokenize", json=wrong).status_code == 400
@@ -167,7 +167,7 @@ def test_the_text_of_a_schema_is_taken_as_it_stands(live: Running) -> None:
 
 def test_models_describe_their_adapters_without_the_servers_paths(live: Running) -> None:
     reply = live.client.get("/v1/models")
-    infos = {info.name: info for info in live.service.engine.adapter_infos()}
+    infos = {info.name: info for info in live.engine.adapter_infos()}
     for entry in reply.json()["data"][1:]:
         info, adapter = infos[entry["id"]], entry["adapter"]
         assert adapter["contract"] == info.contract

@@ -63,7 +63,7 @@ def test_a_bug_in_an_endpoint_shows_no_trace(live: Running, monkeypatch: pytest.
     def fail() -> Any:
         raise KeyError("secret detail")
 
-    monkeypatch.setattr(live.service.engine, "stats", fail)
+    monkeypatch.setattr(live.engine, "stats", fail)
     response = live.client.get("/metrics")
     assert response.status_code == 500
     assert response.json()["error"]["code"] == "internal_error"
@@ -76,7 +76,7 @@ def test_a_client_that_reads_a_byte_at_a_time_holds_no_kv(live: Running) -> None
     with socket.create_connection(live.url.removeprefix("http://").split(":")) as slow:
         slow.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
         assert slow.recv(1) == b"H"
-        asyncio.run(settled(live.service.engine))
+        asyncio.run(settled(live.engine))
         assert slow.recv(1) == b"T"
         assert live.client.post("/v1/chat/completions", json=body(max_tokens=3)).status_code == 200
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +67,24 @@ def test_a_fan_out_names_each_once_and_gives_arguments_to_those_only(live: Runni
 
 def test_a_name_with_a_slash(live: Running, tmp_path: Path) -> None:
     folder = write_adapters(tmp_path)["jailbreak"]
-    live.run(live.service.engine.load_adapter(folder, name="team/jailbreak"))
+    live.run(live.engine.load_adapter(folder, name="team/jailbreak"))
     try:
+        _until_listed(live, "team/jailbreak")
         for name in ("team/jailbreak", "team%2Fjailbreak"):
             response = live.client.post(f"/v1/intrinsics/{name}", json={"messages": CHAT})
             assert response.status_code == 200, response.text
             assert response.json()["intrinsic"] == "team/jailbreak"
     finally:
-        live.run(live.service.engine.unload_adapter("team/jailbreak"))
+        live.run(live.engine.unload_adapter("team/jailbreak"))
+
+
+def _until_listed(live: Running, name: str) -> None:
+    """A server in front of another one sees within seconds what is loaded there."""
+    for _ in range(200):
+        if name in [model["id"] for model in live.client.get("/v1/models").json()["data"]]:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{name} is not seen")
 
 
 def test_errors(live: Running) -> None:

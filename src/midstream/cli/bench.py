@@ -103,7 +103,7 @@ def _check_writable(file: Path, option: str) -> None:
 def _engine(model: str, config: EngineConfig, **loading: str | None) -> Iterator[Engine]:
     from midstream.session import Engine
 
-    with Engine.load(model, config=config, **loading, progress=show_progress(False)) as engine:
+    with Engine.load(model, config=config, **loading, wait_for_kernels=True, progress=show_progress(False)) as engine:
         yield engine
 
 

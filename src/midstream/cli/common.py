@@ -43,12 +43,18 @@ def open_engine(
     config: EngineConfig | None = None,
     progress: bool,
     library: bool = True,
+    wait_for_kernels: bool = False,
 ) -> Engine:
-    """An engine with the model's library and the given adapter folders loaded."""
+    """An engine with the model's library and the given adapter folders loaded.
+
+    `wait_for_kernels`: for what is kept or compared, so that all of it comes from the same kernels.
+    """
     # torch and transformers take seconds to import; verbs that do not need them start at once.
     from midstream.session import Engine
 
-    engine = Engine.load(model, config=config, dtype=dtype, weights=weights, progress=progress)
+    engine = Engine.load(
+        model, config=config, dtype=dtype, weights=weights, wait_for_kernels=wait_for_kernels, progress=progress
+    )
     try:
         if library:
             engine.load_library()

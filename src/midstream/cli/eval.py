@@ -67,7 +67,9 @@ def evaluate(
         seed,
     )
     config, progress = EngineConfig(kv_dtype=kv), show_progress(as_json)
-    with open_engine(model, adapters, dtype, weights=weights, config=config, progress=progress) as engine:
+    with open_engine(
+        model, adapters, dtype, weights=weights, config=config, progress=progress, wait_for_kernels=True
+    ) as engine:
         arms = _arms(engine, name, compare or [])
         main = next(iter(arms.values()))
         if card is not None:

@@ -49,7 +49,8 @@ def sample(
     done = _done(out, settings)
     left = [question for question in questions if (question.source, question.id) not in done]
     bar = Progress(console=Console(stderr=True), disable=not show_progress(False))
-    with open_engine(model, None, dtype, progress=True, library=False) as engine, out.open("a") as rows, bar:
+    engine = open_engine(model, None, dtype, progress=True, library=False, wait_for_kernels=True)
+    with engine, out.open("a") as rows, bar:
         for start in bar.track(range(0, len(left), _CHUNK), description="questions"):
             chunk = left[start : start + _CHUNK]
             for row in engine.portal.run(certainty_rows(engine.aio, chunk, count=answers, seed=seed, each=each)):

@@ -47,6 +47,11 @@ class EngineStats:
     forwards: int
     prefill_seconds_per_token: float | None
 
+    @property
+    def kv_usage(self) -> float:
+        """The share of the KV memory that is in use."""
+        return self.kv_used_bytes / self.kv_total_bytes
+
 
 @dataclass(frozen=True, slots=True)
 class CacheNode:
@@ -57,6 +62,14 @@ class CacheNode:
     tokens: int
     owner: str | None
     held: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CacheView:
+    """The engine's figures and the KV tree at one moment, parents before children."""
+
+    stats: EngineStats
+    nodes: list[CacheNode]
 
 
 class EngineCore:

@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from pathlib import Path
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import psutil
 import torch
@@ -18,7 +18,7 @@ import torch
 from midstream.adapters import Adapter, AdapterRegistry, load_adapter
 from midstream.config import EngineConfig
 from midstream.engine.apart import apart
-from midstream.engine.core import CacheNode, EngineCore, EngineStats
+from midstream.engine.core import CacheNode, CacheView, EngineCore, EngineStats
 from midstream.engine.kv_tree import KVTree
 from midstream.engine.loop import EngineLoop
 from midstream.engine.output import OutputWriter
@@ -27,7 +27,8 @@ from midstream.engine.reader import RequestReader
 from midstream.engine.request import Job, Outcome
 from midstream.engine.runner import Runner
 from midstream.engine.scheduler import Scheduler
-from midstream.errors import Cancelled, DeadlineExceeded, MidstreamError, ModelError
+from midstream.engine.upgrade import KernelUpgrade
+from midstream.errors import Cancelled, DeadlineExceeded, EngineStopped, MidstreamError, ModelError
 from midstream.models.chat import ChatTokenizer
 from midstream.models.load import LoadedModel, load_model
 from midstream.models.pool import KVPool
@@ -73,6 +74,7 @@ class AsyncEngine:
         )
         runner = Runner(loaded, tree.num_slots, self._core.weights_of, config.kv_dtype)
         self._loop = EngineLoop(self._core, runner)
+        self._upgrade = KernelUpgrade(loaded, self._loop)
         self._ids = itertools.count(1)
 
     @classmethod
@@ -84,14 +86,18 @@ class AsyncEngine:
         dtype: str | None = None,
         device: str | None = None,
         weights: str | None = None,
+        wait_for_kernels: bool = False,
         progress: bool = False,
     ) -> AsyncEngine:
         """Load a model (a known name, a Hugging Face folder or hub id, a GGUF file).
 
-        Raises ModelError when it cannot be, or not with this configuration.
+        On a machine that has no kernels compiled yet, it answers on torch's until they are there; `wait_for_kernels`,
+        for what is measured or compared, waits for them here. Raises ModelError when it cannot be loaded, or not with
+        this configuration.
         """
+        options = {"dtype": dtype, "device": device, "weights": weights}
         return cls(
-            apart(lambda: load_model(model, dtype=dtype, device=device, weights=weights, progress=progress)), config
+            apart(lambda: load_model(model, **options, wait_for_kernels=wait_for_kernels, progress=progress)), config
         )
 
     @property
@@ -115,6 +121,17 @@ class AsyncEngine:
     def running(self) -> bool:
         """Whether requests are taken."""
         return self._loop.running
+
+    @property
+    def fault(self) -> MidstreamError | None:
+        """Why requests would fail now; None where they are taken."""
+        return None if self.running else EngineStopped("the engine has stopped: start it anew")
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
 
     # ------------------------------------------------------------------ the Backend's verbs
 
@@ -140,9 +157,7 @@ class AsyncEngine:
         return outcome
 
     async def tokenize(self, prompt: str | Chat, *, header: bool = True) -> tuple[int, ...]:
-        if isinstance(prompt, str):
-            return await asyncio.to_thread(self.chat.encode, prompt)
-        return await asyncio.to_thread(self.chat.prompt if header else self.chat.history, prompt)
+        return await asyncio.to_thread(self.chat.of, prompt, header=header)
 
     async def adapters(self) -> tuple[AdapterInfo, ...]:
         return self.adapter_infos()
@@ -179,6 +194,10 @@ class AsyncEngine:
     async def cache_nodes(self, *, scope: str | None = None, limit: int = 500) -> list[CacheNode]:
         """The KV tree as it is now, at most `limit` nodes, parents before children."""
         return await self._on_loop(lambda: self._core.cache_nodes(scope, limit))
+
+    async def cache_view(self, *, scope: str | None = None, limit: int = 500) -> CacheView:
+        """The engine's figures and its KV tree as of one moment."""
+        return await self._on_loop(lambda: CacheView(self._core.stats(), self._core.cache_nodes(scope, limit)))
 
     async def stats(self) -> EngineStats:
         return await self._on_loop(self._core.stats)

@@ -62,6 +62,12 @@ class ChatTokenizer:
         """The rendered chat and the header of the assistant's answer."""
         return self._render(chat, with_header=True)
 
+    def of(self, prompt: str | Chat, *, header: bool) -> tuple[int, ...]:
+        """Token ids of a text, or of a chat with the assistant's header or without."""
+        if isinstance(prompt, str):
+            return self.encode(prompt)
+        return self._render(prompt, with_header=header)
+
     def reply_header(self, chat: Chat) -> tuple[int, ...]:
         """What `prompt` adds to `history`."""
         history, prompt = self.history(chat), self.prompt(chat)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -9,13 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from midstream.models.attention_plan import AttentionPlan, RowSegment
 from midstream.models.fusions import FusedRMSNorm
 from midstream.models.kernels import Kernels
-from midstream.models.pool import ForwardPlan
+from midstream.models.pool import ForwardPlan, KVPool
 from midstream.models.stack import FusedStack
 
 # Models that do nothing around their layers but what DirectCall does.
 _KNOWN = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "GraniteForCausalLM", "Qwen2ForCausalLM"})
+_PROBE_TOKENS = 12
+# Largest difference between two ways through one prepared model, relative to the largest logit.
+_SAME = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}
 
 
 class ModelCall(Protocol):
@@ -85,6 +90,27 @@ def direct_call(network: Any, kernels: Kernels) -> DirectCall | None:
         embedding_scale=float(getattr(config, "embedding_multiplier", 1.0)),
         logits_scale=float(getattr(config, "logits_scaling", 1.0)),
     )
+
+
+def pick_call(network: Any, kernels: Kernels, extents: bool, shapes: Sequence[tuple[int, int]]) -> ModelCall:
+    """The direct one where there is one and it gives what the model itself gives.
+
+    `extents`: whether the kernels serve all attention; `shapes`: KV heads and the size of each, by layer.
+    """
+    own = OwnCall(network)
+    direct = direct_call(network, kernels)
+    if direct is None:
+        return own
+    tokens = probe_tokens(network)
+    pool = KVPool(shapes, len(tokens), network.dtype, network.device)
+    segment = RowSegment(row=0, count=len(tokens), position=0, slot=0, seen=())
+    plan = AttentionPlan((segment,), network.dtype, network.device, len(tokens), extents)
+    return direct if agree(direct, own, tokens, ForwardPlan(plan, pool, kernels), _SAME[network.dtype]) else own
+
+
+def probe_tokens(network: Any) -> Tensor:
+    """The text [tokens] by which a model is tried."""
+    return torch.arange(_PROBE_TOKENS, device=network.device) * 7 % network.config.get_text_config().vocab_size
 
 
 @torch.inference_mode()

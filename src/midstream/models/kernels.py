@@ -42,6 +42,10 @@ class Kernels(Protocol):
         """
         ...
 
+    def repacked(self, product: Product) -> Product:
+        """The same product in the layout that suits these kernels best; itself, where that is what it has."""
+        ...
+
     def stack(self, layers: Sequence[Any]) -> StackRun | None:
         """All these fused layers as one call, where there is one."""
         ...
@@ -97,6 +101,9 @@ class TorchKernels:
     def product(self, weight: Tensor, bias: Tensor | None, kind: WeightKind | None, *, wide: bool = False) -> Product:
         product = torch_product(weight, bias, kind)
         return WideProduct(product) if wide else product
+
+    def repacked(self, product: Product) -> Product:
+        return product
 
     def stack(self, layers: Sequence[Any]) -> StackRun | None:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from midstream.models.deltas import DeltaContext
 from midstream.models.kernels import Kernels, add_scaled
 from midstream.models.linear import AdapterLinear
 from midstream.models.pool import AttentionShape, ForwardPlan
-from midstream.models.products import WeightKind
+from midstream.models.products import Product, WeightKind
 
 
 class FusedLayer(nn.Module):
@@ -46,6 +47,12 @@ class FusedLayer(nn.Module):
         self.shape = shape
         if hasattr(layer, "attention_type"):
             self.attention_type = layer.attention_type
+
+    def use(self, kernels: Kernels, products: Sequence[Product]) -> None:
+        """Go on with other kernels, and the same products, of `linears` in turn, as they compute them."""
+        self.kernels = kernels
+        for linear, product in zip(self.linears, products, strict=True):
+            linear.use(kernels, product)
 
     def forward(
         self,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from midstream.models.deltas import DeltaContext, Part
 from midstream.models.kernels import Kernels
-from midstream.models.products import WeightKind
+from midstream.models.products import Product, WeightKind
 
 
 class AdapterLinear(nn.Module):
@@ -37,7 +37,13 @@ class AdapterLinear(nn.Module):
         weight = _joined([layer.weight for layer in layers.values()], self.parts)
         assert weight is not None
         bias = _joined([layer.bias for layer in layers.values()], self.parts)
-        self.product = kernels.product(weight.detach(), None if bias is None else bias.detach(), kind, wide=wide)
+        self.product: Product = kernels.product(
+            weight.detach(), None if bias is None else bias.detach(), kind, wide=wide
+        )
+
+    def use(self, kernels: Kernels, product: Product) -> None:
+        """Go on with other kernels, and the same product as they compute it."""
+        self.kernels, self.product = kernels, product
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., rows, in] → [..., rows, out]."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,30 +20,38 @@ from midstream.models.chat import ChatTokenizer
 from midstream.models.cuda.kernels import cuda_kernels
 from midstream.models.deltas import DeltaContext
 from midstream.models.device import on_device
-from midstream.models.direct import ModelCall, OwnCall, agree, direct_call
-from midstream.models.fuse import Watched, fuse_layers, stack_layers
+from midstream.models.direct import ModelCall, pick_call, probe_tokens
+from midstream.models.fuse import Seen, Watched, fuse_layers, stack_layers
 from midstream.models.fusions import fuse_norms
 from midstream.models.kernels import Kernels, TorchKernels
 from midstream.models.linear import wrap_linears
-from midstream.models.native.kernels import pick_kernels
-from midstream.models.pool import AttentionShape, ForwardPlan, KVPool, ProbePool
+from midstream.models.native.kernels import start_kernels
+from midstream.models.pool import AttentionShape, ForwardPlan, ProbePool
 from midstream.models.products import WeightKind, can_pack
-from midstream.models.source import loading_bars, resolve
+from midstream.models.source import loading_bars, name_of, resolve
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_PROBE_TOKENS = 12
 # Largest difference between our logits and transformers' own in the probe, relative to the largest logit.
 _PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
-# The same between two ways through one prepared model.
-_SAME = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}
 
 
 @dataclass(frozen=True, slots=True)
+class Pending:
+    """Kernels that are being compiled, and what the model's fused layers got in the probe, by path."""
+
+    kernels: Future[Kernels]
+    seen: dict[str, Seen]
+
+
+@dataclass(slots=True, eq=False)
 class LoadedModel:
     """A base model ready for the engine. `linear_shapes`: (out, in) of each adaptable layer by module path.
 
     `weights`: what its linear layers' weights were rounded to, None where they are as the model has them;
     `extents`: whether `kernels` serve the attention of all layers.
+
+    `pending`: what will take the place of torch's kernels, None where nothing will. `upgrade.changes` then changes
+    `call`, `kernels`, `extents` and `pending`; nothing else ever changes.
     """
 
     name: str
@@ -57,6 +68,7 @@ class LoadedModel:
     dtype: torch.dtype
     device: torch.device
     weights: WeightKind | None
+    pending: Pending | None = None
 
 
 def load_model(
@@ -65,11 +77,14 @@ def load_model(
     dtype: str | None = None,
     device: str | None = None,
     weights: str | None = None,
+    wait_for_kernels: bool = False,
     progress: bool = False,
 ) -> LoadedModel:
     """Load a known name, a Hugging Face folder or hub id, or a GGUF file.
 
     `weights`: "int8" rounds the linear layers' weights to eight bits; None leaves them as the model has them.
+    `wait_for_kernels`: where the machine has none of its own yet, wait until they are compiled, as what is measured or
+    compared must; else the model starts on torch's, and they are `pending`.
 
     Raises ModelError when it cannot be found, read or served, with the reason.
     """
@@ -77,11 +92,12 @@ def load_model(
     kind = pick_dtype(dtype, target)
     rounded = _pick_weights(weights)
     folder = resolve(model, progress=progress)
+    config = _read_config(folder)
+    start_kernels(kind, target, _head_dims(config))  # what has to be compiled is, while the weights are read
     chat = ChatTokenizer.from_folder(folder)
     with loading_bars(progress):
-        network = _from_folder(folder, kind)
-    name = Path(str(model)).stem if Path(model).exists() else str(model)
-    return prepare(network.to(target), chat, name=name, weights=rounded)
+        network = _read_model(folder, config, kind)
+    return prepare(network.to(target), chat, name=name_of(model), weights=rounded, wait_for_kernels=wait_for_kernels)
 
 
 def prepare(
@@ -91,57 +107,58 @@ def prepare(
     name: str,
     weights: WeightKind | None = None,
     kernels: Kernels | None = None,
+    wait_for_kernels: bool = True,
 ) -> LoadedModel:
     """Make a transformers causal LM servable, or raise ModelError with the reason that it is not.
 
-    `weights` None: as the model has them. `kernels` None: the fastest for its type and device.
+    `weights` None: as the model has them. `kernels` None: the fastest for its type and device; those that have to be
+    compiled first are waited for, or left `pending`.
     """
     network.eval()
     config = network.config.get_text_config()
     _refuse_known(config)
     device, dtype = network.device, network.dtype
-    kernels = kernels or (cuda_kernels if device.type == "cuda" else pick_kernels)(dtype, device)
     watched = Watched(network)
     attention = _probe(network, config, watched)
+    pending = None
+    if kernels is None:
+        kernels, pending = _pick_kernels(network, watched, attention.values(), wait_for_kernels)
     deltas = DeltaContext()
     with torch.inference_mode(), on_device(device):
         shapes = fuse_layers(network, watched, attention, deltas, kernels, weights)
         stack_layers(network, kernels)
         shapes |= wrap_linears(network, deltas, kernels, weights)
-    extents = all(kernels.supports(shape.dim) for shape in attention.values())
+    shapes_of_kv = [(attention[layer].kv_heads, attention[layer].dim) for layer in sorted(attention)]
+    extents = all(kernels.supports(dim) for _, dim in shapes_of_kv)
     return LoadedModel(
         name=name,
         model=network,
-        call=_pick_call(network, kernels, extents, list(attention.values())),
+        call=pick_call(network, kernels, extents, shapes_of_kv),
         chat=chat,
         deltas=deltas,
         kernels=kernels,
         extents=extents,
         linear_shapes=shapes,
-        kv_shapes=[(attention[layer].kv_heads, attention[layer].dim) for layer in sorted(attention)],
+        kv_shapes=shapes_of_kv,
         vocab_size=config.vocab_size,
         max_context_tokens=int(getattr(config, "max_position_embeddings", 0) or 4096),
         dtype=dtype,
         device=device,
         weights=weights,
+        pending=pending,
     )
 
 
-def _pick_call(network: Any, kernels: Kernels, extents: bool, shapes: list[AttentionShape]) -> ModelCall:
-    """The direct one where there is one and it gives what the model itself gives."""
-    own = OwnCall(network)
-    direct = direct_call(network, kernels)
-    if direct is None:
-        return own
-    tokens = _probe_tokens(network)
-    pool = KVPool([(shape.kv_heads, shape.dim) for shape in shapes], len(tokens), network.dtype, network.device)
-    segment = RowSegment(row=0, count=len(tokens), position=0, slot=0, seen=())
-    plan = AttentionPlan((segment,), network.dtype, network.device, len(tokens), extents)
-    return direct if agree(direct, own, tokens, ForwardPlan(plan, pool, kernels), _SAME[network.dtype]) else own
-
-
-def _probe_tokens(network: Any) -> Tensor:
-    return torch.arange(_PROBE_TOKENS, device=network.device) * 7 % network.config.get_text_config().vocab_size
+def _pick_kernels(
+    network: Any, watched: Watched, shapes: Iterable[AttentionShape], wait: bool
+) -> tuple[Kernels, Pending | None]:
+    """The fastest for a model's type and device; those that have to be compiled first are waited for, or pending."""
+    if network.device.type == "cuda":
+        return cuda_kernels(network.dtype, network.device), None
+    started = start_kernels(network.dtype, network.device, (shape.dim for shape in shapes))
+    if wait or started.done():
+        return started.result(), None
+    return TorchKernels(), Pending(started, watched.seen)
 
 
 def pick_device(device: str | None) -> torch.device:
@@ -176,16 +193,34 @@ def _pick_weights(weights: str | None) -> WeightKind | None:
     return "int8"
 
 
-def _from_folder(folder: Path, dtype: torch.dtype) -> Any:
-    try:
+def _read_config(folder: Path) -> Any:
+    with _telling(folder):
         config = AutoConfig.from_pretrained(folder)
-        _refuse_known(config.get_text_config())
+    _refuse_known(config.get_text_config())
+    return config
+
+
+def _read_model(folder: Path, config: Any, dtype: torch.dtype) -> Any:
+    with _telling(folder):
         return AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, attn_implementation="eager")
-    except ModelError:
-        raise
+
+
+@contextmanager
+def _telling(folder: Path) -> Iterator[None]:
+    """Whatever goes wrong as a ModelError."""
+    try:
+        yield
     except Exception as error:
         # transformers raises many types here (missing files, unknown architectures, broken weights).
         raise ModelError(f"cannot load a causal language model from {folder}: {error}") from error
+
+
+def _head_dims(config: Any) -> list[int]:
+    """The sizes of heads that a configuration speaks of; which ones there are, the probe will show."""
+    text = config.get_text_config()
+    named = getattr(text, "head_dim", None)
+    heads, hidden = getattr(text, "num_attention_heads", None), getattr(text, "hidden_size", None)
+    return [named] if named else [hidden // heads] if hidden and heads else []
 
 
 def _refuse_known(config: Any) -> None:
@@ -215,15 +250,15 @@ def _probe(network: Any, config: Any, watched: Watched) -> dict[int, AttentionSh
     This finds what no list of architectures can: layers that do not call the attention function, arguments that it
     does not implement, a plan that is not passed through.
     """
-    ids = _probe_tokens(network)
+    ids = probe_tokens(network)
     with watched.watching():
         reference = _logits(network, ids)
     fuse_norms(network)
     network.set_attn_implementation(NAME)
     try:
         pool = ProbePool()
-        segment = RowSegment(row=0, count=_PROBE_TOKENS, position=0, slot=0, seen=())
-        plan = AttentionPlan((segment,), network.dtype, network.device, _PROBE_TOKENS)
+        segment = RowSegment(row=0, count=len(ids), position=0, slot=0, seen=())
+        plan = AttentionPlan((segment,), network.dtype, network.device, len(ids))
         ours = _logits(network, ids, midstream_plan=ForwardPlan(plan, pool, TorchKernels()))
     except (RuntimeError, TypeError, IndexError, KeyError, AttributeError) as error:
         raise ModelError(f"{config.model_type} cannot be served: {error}") from error

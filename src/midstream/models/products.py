@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -15,27 +16,63 @@ _EXPECTED_ROWS = 16
 _LARGEST = 127
 
 
+class Int8Weight(NamedTuple):
+    """A weight as whole numbers of -127 … 127 [out, in], and what one of them is worth in each output [out]."""
+
+    numbers: Tensor
+    scales: Tensor
+
+
+class Held(NamedTuple):
+    """What a product multiplies with: a weight [out, in] in no layout but this, and a bias [out].
+
+    `wide`: its result is of float32, whatever the type of what goes in.
+    """
+
+    weight: Tensor | Int8Weight
+    bias: Tensor | None
+    wide: bool = False
+
+
 class Product(Protocol):
     """x [..., rows, in] → x Wᵀ + bias [..., rows, out]."""
 
     def __call__(self, x: Tensor) -> Tensor: ...
 
 
-class PlainProduct:
+class TorchProduct(ABC):
+    """A product by torch, from which what it multiplies with can be had again: other kernels may take it over."""
+
+    in_features: int
+    dtype: torch.dtype  # of the weight that it was made of
+
+    @abstractmethod
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def held(self) -> Held: ...
+
+
+class PlainProduct(TorchProduct):
     """For every device and type."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.in_features, self.dtype = weight.shape[1], weight.dtype
         self._weight = weight
         self._bias = bias
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, self._weight, self._bias)
 
+    def held(self) -> Held:
+        return Held(self._weight, self._bias)
 
-class OneDnnProduct:
+
+class OneDnnProduct(TorchProduct):
     """With a weight that is laid out once for oneDNN, which halves the time of products with few rows."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.in_features, self.dtype = weight.shape[1], weight.dtype
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _EXPECTED_ROWS)
         self._bias = bias
 
@@ -47,34 +84,38 @@ class OneDnnProduct:
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
         return y if padded == rows else y.narrow(-2, 0, rows)
 
+    def held(self) -> Held:
+        return Held(self._weight.to_dense(), self._bias)
 
-class WideProduct:
+
+class WideProduct(TorchProduct):
     """Another product, with its result in float32."""
 
-    def __init__(self, product: Product) -> None:
+    def __init__(self, product: TorchProduct) -> None:
+        self.in_features, self.dtype = product.in_features, product.dtype
         self._product = product
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._product(x).float()
 
-
-class Int8Weight(NamedTuple):
-    """A weight as whole numbers of -127 … 127 [out, in], and what one of them is worth in each output [out]."""
-
-    numbers: Tensor
-    scales: Tensor
+    def held(self) -> Held:
+        return self._product.held()._replace(wide=True)
 
 
-class Int8Product:
+class Int8Product(TorchProduct):
     """Half of bfloat16's memory, on every device; as fast as its products only with kernels of our own."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.in_features, self.dtype = weight.shape[1], weight.dtype
         self._weight = quantized(weight)
         self._bias = bias
 
     def __call__(self, x: Tensor) -> Tensor:
         y = F.linear(x, self._weight.numbers.to(x.dtype)) * self._weight.scales
         return (y if self._bias is None else y + self._bias).to(x.dtype)
+
+    def held(self) -> Held:
+        return Held(self._weight, self._bias)
 
 
 def quantized(weight: Tensor) -> Int8Weight:
@@ -85,7 +126,7 @@ def quantized(weight: Tensor) -> Int8Weight:
     return Int8Weight((exact / scales[:, None]).round().to(torch.int8), scales)
 
 
-def torch_product(weight: Tensor, bias: Tensor | None, kind: WeightKind | None) -> Product:
+def torch_product(weight: Tensor, bias: Tensor | None, kind: WeightKind | None) -> TorchProduct:
     """The fastest that torch has for this weight [out, in]."""
     if kind == "int8":
         return Int8Product(weight, bias)

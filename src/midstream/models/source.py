@@ -62,13 +62,21 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "midstream"
 
 
+def name_of(model: str | Path) -> str:
+    """What a model is called: a file or folder by its own name, others as they were asked for."""
+    return Path(str(model)).stem if Path(model).exists() else str(model)
+
+
 def is_fetched(name: str) -> bool:
     """Whether a known model lies converted in the cache."""
     return (cache_folder() / "models" / name / "config.json").is_file()
 
 
-def resolve(model: str | Path, *, progress: bool = False) -> Path:
-    """A clean Hugging Face folder for `model`. Raises ModelError that says what is wrong and what to do."""
+def resolve(model: str | Path, *, progress: bool = False, weights: bool = True) -> Path:
+    """A clean Hugging Face folder for `model`. Raises ModelError that says what is wrong and what to do.
+
+    `weights` off: of a model on the hub, its tokenizer and configuration are enough.
+    """
     path = Path(model)
     if str(model) in _KNOWN:
         return _fetch_known(_KNOWN[str(model)], progress)
@@ -80,7 +88,7 @@ def resolve(model: str | Path, *, progress: bool = False) -> Path:
         if not path.is_file():
             raise ModelError(f"there is no file {path}")
         return _converted(f"gguf-{_sha256(path)[:32]}", lambda target: _convert(path, target, progress))
-    return _from_hub(str(model), progress)
+    return _from_hub(str(model), progress, weights)
 
 
 def _fetch_known(known: KnownModel, progress: bool) -> Path:
@@ -162,13 +170,13 @@ def _converted(key: str, make: Callable[[Path], None]) -> Path:
     return final
 
 
-def _from_hub(model: str, progress: bool) -> Path:
+def _from_hub(model: str, progress: bool, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import disable_progress_bars
 
     if not progress:
         disable_progress_bars()
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    patterns = ["*.json", "*.model", "*.txt", "*.jinja", *(["*.safetensors"] if weights else [])]
     try:
         return Path(snapshot_download(model, allow_patterns=patterns))
     except Exception as error:

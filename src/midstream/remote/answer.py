@@ -11,14 +11,15 @@ from midstream.errors import BackendError
 from midstream.remote import logprobs
 from midstream.remote.options import Parting, shares
 from midstream.remote.reply import ChoiceReply, LogprobsReply, Reply
-from midstream.remote.tokens import Tokens
+from midstream.remote.tokens import TokenSource
 from midstream.types import Choice, Completion, CompletionChoice, Delta, Request, TokenLogprob
 
 
 @dataclass(slots=True)
 class Asked:
     """A request as it is sent in `body`. `info` is the adapter's where it was looked up; `activation_index` is the
-    server's to say where it is None. `parting`: where probabilities are to be found from logprobs."""
+    server's to say where it is None. `parting`: where probabilities are to be found from logprobs. `session`: the
+    conversation, for a router."""
 
     request: Request
     prompt: tuple[int, ...]
@@ -26,6 +27,7 @@ class Asked:
     body: dict[str, Any]
     activation_index: int | None = None
     parting: Parting | None = None
+    session: str = ""
     started: float = field(default_factory=time.perf_counter)
     first_token_s: float | None = None
 
@@ -37,7 +39,7 @@ class Asked:
 class AnswerReader:
     """Reads what one server answers."""
 
-    def __init__(self, tokens: Tokens, url: str) -> None:
+    def __init__(self, tokens: TokenSource, url: str) -> None:
         self._tokens = tokens
         self._url = url
 

@@ -33,6 +33,7 @@ class _Entry(BaseModel):
     id: str
     parent: str | None = None
     owned_by: str | None = None
+    max_model_len: int | None = None
     adapter: _Adapter | None = None
 
 
@@ -42,12 +43,15 @@ class _Models(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Catalogue:
-    """`undescribed` adapters are served, but how they are called is not known. `ours`: a midstream server."""
+    """`undescribed` adapters are served, but how they are called is not known; `unserved` ones have a folder here, but
+    the server has them not. `ours`: a midstream server. `max_context_tokens`: None where it does not say."""
 
     base: str
     ours: bool
     adapters: tuple[AdapterInfo, ...]
     undescribed: tuple[str, ...]
+    unserved: tuple[str, ...]
+    max_context_tokens: int | None
 
     def find(self, name: str) -> AdapterInfo:
         """The adapter of that name. Raises AdapterNotFound, which says what there is or what is lacking."""
@@ -58,6 +62,10 @@ class Catalogue:
             raise AdapterNotFound(
                 f"the server does not say how adapter {name!r} is called: give its PEFT folder to the backend "
                 "(adapters=[folder])"
+            )
+        if name in self.unserved:
+            raise AdapterNotFound(
+                f"adapter {name!r} has a folder here, but the server does not serve it: load it there"
             )
         known = ", ".join(info.name for info in self.adapters) or "none"
         raise AdapterNotFound(f"no adapter {name!r} is loaded (loaded: {known})")
@@ -76,4 +84,6 @@ def read_catalogue(reply: Any, url: str, *, base: str | None, local: Mapping[str
         ours=any(entry.owned_by == "midstream" for entry in parents),
         adapters=tuple(info for _, info in sorted(infos.items()) if info is not None),
         undescribed=tuple(sorted(name for name, info in infos.items() if info is None)),
+        unserved=tuple(sorted(local.keys() - infos.keys())),
+        max_context_tokens=next((entry.max_model_len for entry in parents if entry.max_model_len), None),
     )

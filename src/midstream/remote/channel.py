@@ -11,8 +11,10 @@ from weakref import WeakKeyDictionary
 
 import httpx
 
-from midstream.errors import BackendError, EngineStopped, InputError
-from midstream.remote.faults import error_of_object, error_of_response
+from midstream.errors import BackendError, EngineStopped, InputError, MidstreamError
+from midstream.remote.affinity import SESSION_HEADER
+from midstream.remote.faults import error_of_object, error_of_response, is_lost
+from midstream.remote.repeat import Lost, repeated
 
 _JSON = {"content-type": "application/json"}
 
@@ -20,7 +22,8 @@ _JSON = {"content-type": "application/json"}
 class Channel:
     """Requests to one server. `url` is its address without credentials and without /v1.
 
-    Nothing is sent twice. Connections belong to the event loop in which they were opened.
+    Where the answer was lost with its replica, a request is sent again, up to `repeats` times. Connections belong to
+    the event loop in which they were opened.
     """
 
     def __init__(
@@ -30,10 +33,12 @@ class Channel:
         api_key: str | None,
         timeout_s: float,
         connect_timeout_s: float,
+        repeats: int,
         transport: httpx.AsyncBaseTransport | None,
     ) -> None:
         root, auth = _address(url, api_key)
         self.url = str(root)
+        self.repeats = repeats
         self._timeout_s = timeout_s
         self._options: dict[str, Any] = {
             "base_url": root,
@@ -48,25 +53,33 @@ class Channel:
 
     async def get(self, path: str) -> Any:
         """The JSON object at a path."""
-        with self._faults():
-            response = await self._client().get(path)
-        return self._read(response)
+        return await repeated(lambda: self._once("GET", path, None, {}), self.repeats)
 
-    async def post(self, path: str, body: dict[str, Any]) -> Any:
-        """The JSON object that answers a body."""
-        content = _written(body)
-        with self._faults():
-            response = await self._client().post(path, content=content, headers=_JSON)
-        return self._read(response)
+    async def post(self, path: str, body: dict[str, Any], *, session: str | None = None) -> Any:
+        """The JSON object that answers a body. `session`: whose requests a router is to keep to one replica."""
+        content, headers = _written(body), _headers(session)
+        return await repeated(lambda: self._once("POST", path, content, headers), self.repeats)
 
-    async def events(self, path: str, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
-        """The events that answer a body. Closing the iterator closes the connection; an end without [DONE] is an
-        error."""
-        content = _written(body)
+    async def tell(self, path: str, body: dict[str, Any]) -> None:
+        """Send a body whose answer says nothing but that it was taken. Never sent twice: it changes the server."""
+        await repeated(lambda: self._response("POST", path, _written(body), _JSON), 0)
+
+    async def text(self, path: str) -> str:
+        """The text at a path."""
+        return (await repeated(lambda: self._response("GET", path, None, {}), self.repeats)).text
+
+    async def events(
+        self, path: str, body: dict[str, Any], *, session: str | None = None
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """The events that answer a body, of one try: raises Lost where they break off or do not end with [DONE].
+
+        Closing the iterator closes the connection.
+        """
+        content, headers = _written(body), _headers(session)
         with self._faults():
-            async with self._client().stream("POST", path, content=content, headers=_JSON) as response:
+            async with self._client().stream("POST", path, content=content, headers=headers) as response:
                 if not response.is_success:
-                    raise error_of_response(self.url, response.status_code, await response.aread())
+                    raise _told(error_of_response(self.url, response.status_code, await response.aread()), response)
                 async for line in _lines(response.aiter_bytes()):
                     if not line.startswith(b"data:"):
                         continue
@@ -74,7 +87,7 @@ class Channel:
                     if data == b"[DONE]":
                         return
                     yield self._object(data)
-        raise BackendError(f"the stream of {self.url} ended before it was whole: send the request again")
+        raise Lost(BackendError(f"the stream of {self.url} ended before it was whole: send the request again"))
 
     async def aclose(self) -> None:
         """Close the connections of this event loop. Later requests raise EngineStopped."""
@@ -82,6 +95,16 @@ class Channel:
         client = self._clients.pop(asyncio.get_running_loop(), None)
         if client is not None:
             await client.aclose()
+
+    async def _once(self, method: str, path: str, content: bytes | None, headers: dict[str, str]) -> dict[str, Any]:
+        return self._object((await self._response(method, path, content, headers)).content)
+
+    async def _response(self, method: str, path: str, content: bytes | None, headers: dict[str, str]) -> httpx.Response:
+        with self._faults():
+            response = await self._client().request(method, path, content=content, headers=headers)
+        if not response.is_success:
+            raise _told(error_of_response(self.url, response.status_code, response.content), response)
+        return response
 
     def _client(self) -> httpx.AsyncClient:
         if self._closed:
@@ -93,24 +116,22 @@ class Channel:
 
     @contextmanager
     def _faults(self) -> Iterator[None]:
+        """Faults of the connection. A silent server is no lost one: it may be busy, and would be all the more so."""
         try:
             yield
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            raise BackendError(f"{self.url} cannot be reached ({error}): is a server running there?") from error
+            raise Lost(BackendError(f"{self.url} cannot be reached ({error}): is a server running there?")) from error
         except httpx.TimeoutException as error:
             raise BackendError(
                 f"{self.url} sent or took nothing for {self._timeout_s:g} s: it may be overloaded, or needs a larger "
                 "timeout_s"
             ) from error
         except httpx.HTTPError as error:
-            raise BackendError(
-                f"the connection to {self.url} broke off ({error or type(error).__name__}): send the request again"
+            raise Lost(
+                BackendError(
+                    f"the connection to {self.url} broke off ({error or type(error).__name__}): send the request again"
+                )
             ) from error
-
-    def _read(self, response: httpx.Response) -> dict[str, Any]:
-        if not response.is_success:
-            raise error_of_response(self.url, response.status_code, response.content)
-        return self._object(response.content)
 
     def _object(self, content: bytes) -> dict[str, Any]:
         try:
@@ -122,8 +143,17 @@ class Channel:
         if not isinstance(found, dict):
             raise BackendError(f"{self.url} answered with JSON that is no object: is it an OpenAI-compatible server?")
         if isinstance(found.get("error"), dict):
-            raise error_of_object(self.url, found["error"])
+            raise _told(error_of_object(self.url, found["error"]))
         return found
+
+
+def _told(error: MidstreamError, response: httpx.Response | None = None) -> MidstreamError | Lost:
+    """What a server said, and whether it said that it is lost."""
+    return Lost(error) if is_lost(error, None if response is None else response.status_code) else error
+
+
+def _headers(session: str | None) -> dict[str, str]:
+    return _JSON if session is None else {**_JSON, SESSION_HEADER: session}
 
 
 def _address(url: str, api_key: str | None) -> tuple[httpx.URL, httpx.BasicAuth | None]:

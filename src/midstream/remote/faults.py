@@ -23,6 +23,8 @@ from midstream.errors import (
 )
 
 _SHOWN = 300
+# What vLLM says, with status 500, of all that its engine had running when that died.
+_DEAD = "EngineCore encountered an issue"
 _BY_STATUS: dict[int, type[MidstreamError]] = {
     401: Unauthorized,
     403: Forbidden,
@@ -33,6 +35,10 @@ _BY_STATUS: dict[int, type[MidstreamError]] = {
     503: EngineStopped,
     504: DeadlineExceeded,
 }
+
+
+class PathMissing(BackendError):
+    """The server has no such endpoint."""
 
 
 def error_of_response(url: str, status: int, content: bytes) -> MidstreamError:
@@ -59,13 +65,18 @@ def error_of_object(url: str, error: dict[str, Any], status: int = 500) -> Midst
     return _by_status(url, status, message, str(error.get("type")))
 
 
+def is_lost(error: MidstreamError, status: int | None) -> bool:
+    """Whether an error says that a replica is gone or going, so that another one may be asked: not that it failed."""
+    return status == 502 or isinstance(error, EngineStopped) or _DEAD in str(error)
+
+
 def _by_status(url: str, status: int, message: str, kind: str) -> MidstreamError:
     where = f"{message} ({url} answered {status})"
     if status in _BY_STATUS:
         return _BY_STATUS[status](where)
     if status == 404:
         # vLLM's name for an unknown model; any other 404 is a path that the server does not have.
-        return ModelNotFound(where) if kind == "NotFoundError" else BackendError(f"{where}: is it the right server?")
+        return ModelNotFound(where) if kind == "NotFoundError" else PathMissing(f"{where}: is it the right server?")
     if "maximum context length" in message:
         return PromptTooLong(where)
     return InputError(where) if 400 <= status < 500 else BackendError(where)

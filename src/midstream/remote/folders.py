@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from midstream.adapters.spec import CONFIG_FILE, parse_config
+from midstream.adapters.spec import CONFIG_FILE, Encode, parse_config
 from midstream.errors import AdapterFormatError
 from midstream.types import AdapterInfo
 
@@ -17,18 +17,25 @@ _WEIGHTS_FILE = "adapter_model.safetensors"
 _TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 
 
-def read_folders(folders: Iterable[str | Path]) -> dict[str, AdapterInfo]:
-    """Adapters by name, which is the folder's. Raises AdapterFormatError with all violations of a folder."""
-    infos = [read_folder(Path(folder)) for folder in folders]
+Described = str | Path | AdapterInfo
+"""An adapter by its PEFT folder, whose name is its own, or as such a folder was read."""
+
+
+def read_folders(adapters: Iterable[Described]) -> dict[str, AdapterInfo]:
+    """Adapters by name. Raises AdapterFormatError with all violations of a folder."""
+    infos = [each if isinstance(each, AdapterInfo) else read_folder(Path(each)) for each in adapters]
     return {info.name: info for info in infos}
 
 
-def read_folder(folder: Path) -> AdapterInfo:
-    """What a PEFT folder says of its adapter. `digest` is that of its two files, not the one an engine would find."""
+def read_folder(folder: Path, *, name: str | None = None, encode: Encode | None = None) -> AdapterInfo:
+    """What a PEFT folder says of its adapter. `digest` is that of its two files, not the one an engine would find.
+
+    `encode` is needed for folders of the older form, which have the invocation's text and no tokens.
+    """
     folder = folder.resolve()
     weights = folder / _WEIGHTS_FILE
     shapes, violations = _shapes(weights)
-    spec, wrong = parse_config(folder, shapes=shapes, name=folder.name)
+    spec, wrong = parse_config(folder, shapes=shapes, name=name or folder.name, encode=encode)
     violations += wrong
     if violations or spec is None:
         raise AdapterFormatError(str(folder), violations)

@@ -4,19 +4,52 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from midstream.documents import place_documents
 from midstream.errors import InputError
 from midstream.remote.channel import Channel
 from midstream.remote.reply import TextReply, TokensReply, checked
-from midstream.types import Chat
+from midstream.types import Chat, Message
 
 _ANCHOR = "a"
 _AT_A_TIME = 16
 _PROBE = {"messages": [{"role": "user", "content": _ANCHOR}]}
 _DOCUMENTS = [{"text": "probe", "doc_id": "1", "title": "probe"}]
 _TOOLS = [{"type": "function", "function": {"name": "probe", "description": "probe", "parameters": {"type": "object"}}}]
+
+
+# What shows another tokenizer or template: a conversation, and text that tokenizers cut in different ways.
+_MESSAGES = tuple(Message(role=role, content=text) for role, text in (("user", "a"), ("assistant", "b"), ("user", "c")))
+_TEXT = "Straße 12345\n\n    naïve'll 東京 <|im_start|>"
+
+
+class TokenSource(Protocol):
+    """Tokens as one model has them. `ours`: a midstream server is asked."""
+
+    async def of_text(self, text: str, model: str) -> tuple[int, ...]:
+        """Token ids of a text; nothing is added."""
+        ...
+
+    async def of_chat(self, chat: Chat, model: str, *, header: bool, ours: bool) -> tuple[int, ...]:
+        """Token ids of a chat, with the assistant's header or without."""
+        ...
+
+    async def texts(self, ids: Iterable[int], model: str) -> Mapping[int, str]:
+        """What each token adds to a text that goes on."""
+        ...
+
+
+async def difference(here: TokenSource, there: TokenSource, model: str, *, ours: bool) -> str | None:
+    """In what the tokens of two sources differ: None where they are the same."""
+    if await here.of_text(_TEXT, model) != await there.of_text(_TEXT, model):
+        return "tokenizer"
+    chat = Chat(messages=_MESSAGES)
+    try:
+        expected = await here.of_chat(chat, model, header=True, ours=ours)
+    except InputError:
+        return None  # no chat template that takes this
+    return None if expected == await there.of_chat(chat, model, header=True, ours=ours) else "chat template"
 
 
 class Tokens:

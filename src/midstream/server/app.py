@@ -13,15 +13,15 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from midstream.config import ServerConfig
-from midstream.engine.engine import AsyncEngine
 from midstream.errors import InputError, MidstreamError
 from midstream.server import completions, flows, intrinsics, models, operations
 from midstream.server.middleware import Front, error_response
+from midstream.server.served import ServedEngine
 from midstream.server.service import Exchange, Service
 
 
-def create_app(engine: AsyncEngine, config: ServerConfig | None = None) -> FastAPI:
-    """An application over an engine, which it closes when it shuts down. `app.state.service` is its state."""
+def create_app(engine: ServedEngine, config: ServerConfig | None = None) -> FastAPI:
+    """An application over an engine that is ready. Closes it when it shuts down. `app.state.service` is its state."""
     service = Service(engine, config or ServerConfig())
 
     @asynccontextmanager

@@ -10,9 +10,8 @@ from fastapi import APIRouter
 from starlette.requests import Request as HttpRequest
 from starlette.responses import PlainTextResponse
 
-from midstream.engine.engine import AsyncEngine
 from midstream.errors import AdapterError, Forbidden
-from midstream.intrinsics.spec import parse_contract
+from midstream.server.folders import check_folder
 from midstream.server.schemas import LoadAdapterBody, UnloadAdapterBody
 from midstream.server.service import Exchange, Service
 from midstream.types import AdapterInfo
@@ -41,7 +40,9 @@ def routes(service: Service) -> APIRouter:
         if service.engine.adapter(body.lora_name) is not None and not body.load_inplace:
             raise AdapterError(f"adapter {body.lora_name} is loaded already: unload it, or send load_inplace=true")
         folder = await asyncio.to_thread(allowed_folder, service, body.lora_path)
-        await load_with_contract(service.engine, folder, body.lora_name, base_name=service.model_name)
+        names = (service.model_name, service.engine.model_name)
+        await asyncio.to_thread(check_folder, folder, body.lora_name, base_names=names)
+        await service.engine.load_adapter(folder, name=body.lora_name)
         return f"Success: LoRA adapter '{body.lora_name}' added successfully."
 
     @router.post("/v1/unload_lora_adapter", response_class=PlainTextResponse)
@@ -82,17 +83,6 @@ def allowed_folder(service: Service, path: str) -> Path:
     if size > limit * 1024**2:
         raise AdapterError(f"{path!r} is larger than the limit of {limit} MiB")
     return folder
-
-
-async def load_with_contract(engine: AsyncEngine, folder: Path, name: str | None = None, *, base_name: str) -> None:
-    """Load an adapter. Raises AdapterError for a name that is the base model's, ContractError for a wrong contract."""
-    if (name or folder.name) in (base_name, engine.model_name):
-        raise AdapterError(f"{name or folder.name} is the base model's name: choose another one")
-    file = folder / "io.yaml"
-    if await asyncio.to_thread(file.is_file):
-        text = await asyncio.to_thread(file.read_text, encoding="utf-8", errors="replace")
-        parse_contract(text, str(file))
-    await engine.load_adapter(folder, name=name)
 
 
 def _require_admin(service: Service, http: HttpRequest) -> None:

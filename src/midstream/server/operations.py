@@ -13,6 +13,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 
 from midstream.errors import InputError, ModelNotFound
 from midstream.server.prompts import chat_of, prompt_of
+from midstream.server.replies import error_object
 from midstream.server.schemas import DetokenizeBody, TokenizeBody
 from midstream.server.service import Exchange, Service
 
@@ -28,9 +29,13 @@ def routes(service: Service) -> APIRouter:
 
     @router.get("/health")
     async def health() -> Response:
-        """200 while requests are taken, 503 while not."""
-        well = service.engine.running and not service.draining
-        return JSONResponse({"status": "ok" if well else "stopping"}, status_code=200 if well else 503)
+        """200 while requests are taken, 503 while not, and why."""
+        fault = service.engine.fault
+        if service.draining:
+            return JSONResponse({"status": "stopping"}, status_code=503)
+        if fault is not None:
+            return JSONResponse({"status": "unavailable", "error": error_object(fault)}, status_code=503)
+        return JSONResponse({"status": "ok"})
 
     @router.get("/metrics")
     async def metrics() -> Response:
@@ -43,8 +48,8 @@ def routes(service: Service) -> APIRouter:
         """The KV cache: memory, hit rate and the tree's nodes. Under isolation, the caller's own nodes only, and no
         hits: they are counted over all keys."""
         scope = Exchange.of(http).caller.scope if service.config.isolate_cache else None
-        stats = await service.engine.stats()
-        nodes = await service.engine.cache_nodes(scope=scope, limit=_MAX_NODES + 1)
+        view = await service.engine.cache_view(scope=scope, limit=_MAX_NODES + 1)
+        stats, nodes = view.stats, view.nodes
         queried, hit = service.telemetry.queried_tokens, service.telemetry.hit_tokens
         return {
             "kv_used_bytes": stats.kv_used_bytes,
@@ -112,7 +117,7 @@ def _tokens(service: Service, body: TokenizeBody) -> tuple[int, ...]:
     adapter, template_arguments = service.chosen(body.model, body.chat_template_kwargs)
     tokenizer = service.engine.chat
     if body.chat is not None:
-        return (tokenizer.prompt if body.add_generation_prompt else tokenizer.history)(body.chat)
+        return tokenizer.of(body.chat, header=body.add_generation_prompt)
     if body.messages is None:
         return tokenizer.encode(body.prompt or "")
     chat = chat_of(body.messages, body.documents, body.tools, template_arguments)

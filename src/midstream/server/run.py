@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import socket
-from pathlib import Path
 from types import FrameType
 
 import uvicorn
 
 from midstream.config import ServerConfig
-from midstream.engine.engine import AsyncEngine
 from midstream.errors import InputError
-from midstream.library import library_adapters
 from midstream.server import logs, tracing
 from midstream.server.app import create_app
-from midstream.server.models import load_with_contract
+from midstream.server.opening import Opened, open_engine
 from midstream.server.service import Service
 
 log = logging.getLogger("midstream.server")
@@ -27,58 +23,40 @@ _LAST_BYTES_S = 5
 
 
 def serve(config: ServerConfig, *, progress: bool = False) -> None:
-    """Load the model and its adapters and serve until a signal comes. Raises InputError for what cannot be served."""
+    """Make the backend ready and serve until a signal comes. Raises InputError for what cannot be served."""
     try:
         logs.set_up(config.log_file)
     except OSError as error:
         raise InputError(f"the log file cannot be opened: {error}") from error
     tracing.set_up()
-    engine = AsyncEngine.load(
-        config.model,
-        config=config.engine(),
-        dtype=config.dtype,
-        device=config.device,
-        weights=config.weights,
-        progress=progress,
-    )
-    asyncio.run(_serve(engine, config))
+    asyncio.run(_serve(open_engine(config, progress=progress), config))
 
 
-async def _serve(engine: AsyncEngine, config: ServerConfig) -> None:
-    try:
-        await load_adapters(engine, config)
+async def _serve(opened: Opened, config: ServerConfig) -> None:
+    async with opened.engine as engine:
+        if isinstance(engine.fault, InputError):
+            raise engine.fault  # waiting will not mend it
         app = create_app(engine, config)
-    except BaseException:
-        await engine.aclose()
-        raise
-    server = GracefulServer(
-        uvicorn.Config(
-            app,
-            host=config.host,
-            port=config.port,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            ssl_certfile=config.tls_cert,
-            ssl_keyfile=config.tls_key,
-            timeout_keep_alive=int(max(5, config.stall_timeout_s)),
-            timeout_graceful_shutdown=int(config.shutdown_timeout_s) + _LAST_BYTES_S,
-        ),
-        app.state.service,
-    )
-    await server.serve()
-
-
-async def load_adapters(engine: AsyncEngine, config: ServerConfig) -> None:
-    """The library's adapters, then those that were named."""
-    base_name = config.served_name or engine.model_name
-    for folder in library_adapters(engine.model_name) if config.library else []:
-        await load_with_contract(engine, folder, base_name=base_name)
-    for named in config.adapters:
-        name, sign, folder_text = named.partition("=")
-        if not sign or os.sep in name:
-            name, folder_text = "", named
-        await load_with_contract(engine, Path(folder_text), name or None, base_name=base_name)
+        server = GracefulServer(
+            uvicorn.Config(
+                app,
+                host=config.host,
+                port=config.port,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                ssl_certfile=config.tls_cert,
+                ssl_keyfile=config.tls_key,
+                timeout_keep_alive=int(max(5, config.stall_timeout_s)),
+                timeout_graceful_shutdown=int(config.shutdown_timeout_s) + _LAST_BYTES_S,
+            ),
+            app.state.service,
+        )
+        if opened.child is not None:
+            opened.child.when_dead(server.stop)
+        await server.serve()
+    if opened.child is not None and opened.child.death is not None:
+        raise opened.child.death
 
 
 class GracefulServer(uvicorn.Server):
@@ -92,6 +70,11 @@ class GracefulServer(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._service.draining = True
         super().handle_exit(sig, frame)
+
+    def stop(self) -> None:
+        """As on a signal: end well. May be called in any thread."""
+        self._service.draining = True
+        self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

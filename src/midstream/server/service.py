@@ -14,9 +14,9 @@ from typing import Any
 from starlette.requests import Request as HttpRequest
 
 from midstream.config import ServerConfig
-from midstream.engine.engine import AsyncEngine
 from midstream.errors import InputError, ModelNotFound
 from midstream.intrinsics.call import find
+from midstream.server.served import ServedEngine
 from midstream.server.telemetry import Telemetry
 from midstream.server.tracing import span
 from midstream.types import AdapterInfo, Completion, Delta, Request, Score
@@ -50,7 +50,7 @@ class Exchange:
 class Service:
     """One engine behind one server."""
 
-    def __init__(self, engine: AsyncEngine, config: ServerConfig) -> None:
+    def __init__(self, engine: ServedEngine, config: ServerConfig) -> None:
         self.engine = engine
         self.config = config
         self.model_name = config.served_name or engine.model_name
@@ -85,8 +85,8 @@ class Service:
         return self.adapter_of(named), arguments
 
     def intrinsic_of(self, name: str) -> AdapterInfo:
-        """The adapter of that name. Raises AdapterNotFound, which lists what there is."""
-        return find({info.name: info for info in self.engine.adapter_infos()}, name)
+        """The adapter of that name. Raises AdapterNotFound: what there is, or why it cannot be called."""
+        return self.engine.adapter(name) or find({info.name: info for info in self.engine.adapter_infos()}, name)
 
     def backend(self, request: HttpRequest) -> ScopedBackend:
         """The engine as this caller's requests see it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from midstream.engine.core import EngineStats
+from midstream.server.served import Occupancy
 from midstream.types import Completion
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -81,9 +81,14 @@ class Telemetry:
         """Count a request that ended with an error."""
         self._refused.labels(self._model, code).inc()
 
-    def exposition(self, stats: EngineStats) -> bytes:
-        """The metrics as Prometheus reads them."""
-        self._running.labels(self._model).set(stats.running)
-        self._waiting.labels(self._model).set(stats.queued)
-        self._kv_usage.labels(self._model).set(stats.kv_used_bytes / stats.kv_total_bytes)
+    def exposition(self, now: Occupancy) -> bytes:
+        """The metrics as Prometheus reads them. A figure that is not known now is left out."""
+        for gauge, value in (
+            (self._running, now.running),
+            (self._waiting, now.queued),
+            (self._kv_usage, now.kv_usage),
+        ):
+            gauge.clear()
+            if value is not None:
+                gauge.labels(self._model).set(value)
         return generate_latest(self.registry)

@@ -142,7 +142,7 @@ inline void scale_by(float* numbers, const float* scales, int length) {
 }
 
 // Scores to weights e^(score - maximum); what was summed under a smaller maximum before is scaled down.
-// Compiled once for all tiles, as the time of compiling is that of a first load.
+// Compiled once for all tiles, which keeps compiling short.
 __attribute__((noinline)) inline void soften(float* scores, int length, float* result, int dim, float& maximum,
                                              float& total) {
     for (int k = length; k < BLOCK; k++) scores[k] = -std::numeric_limits<float>::infinity();
@@ -286,7 +286,7 @@ void attend_block(const Attention& a, const Block& rows, int kv_head) {
 
 // For all threads of a team.
 template <typename T, int DIM>
-void attend_in_team(Team& team, const Attention& a) {
+void attend_heads_in_team(Team& team, const Attention& a) {
     const int64_t heads = a.kv_heads;
     team.both(
         a.num_blocks * heads, [&](int64_t i) { attend_block<T, DIM>(a, a.blocks[i / heads], int(i % heads)); },
@@ -294,16 +294,18 @@ void attend_in_team(Team& team, const Attention& a) {
     team.rows(a.num_merged * a.heads, [&](int64_t i) { merge<T, DIM>(a, i / a.heads, i % a.heads); });
 }
 
-// The same; false, with nothing done, where there is no kernel for heads of this size.
-template <typename T>
-bool attend_in_team(Team& team, const Attention& a) {
-    switch (a.dim) {
-        case 32: return attend_in_team<T, 32>(team, a), true;
-        case 64: return attend_in_team<T, 64>(team, a), true;
-        case 96: return attend_in_team<T, 96>(team, a), true;
-        case 128: return attend_in_team<T, 128>(team, a), true;
-        case 256: return attend_in_team<T, 256>(team, a), true;
-        default: return false;
-    }
+// The same for heads of one of these sizes; false, with nothing done, for others.
+template <typename T, int... DIMS>
+bool attend_any_in_team(Team& team, const Attention& a) {
+    return ((a.dim == DIMS && (attend_heads_in_team<T, DIMS>(team, a), true)) || ...);
 }
 
+// The same for the sizes that this is compiled for: HEADS, a list of multiples of 32 up to 256.
+template <typename T>
+bool attend_in_team(Team& team, const Attention& a) {
+#ifdef HEADS
+    return attend_any_in_team<T, HEADS>(team, a);
+#else
+    return false;
+#endif
+}

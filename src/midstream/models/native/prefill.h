@@ -97,7 +97,7 @@ struct QueryBlock {
         while (count % REST) add(nothing, position);
     }
 
-    // Compiled once for chunks and blocks, as are the tiles: the time of compiling is that of a first load.
+    // Compiled once for chunks and blocks, as are the tiles, which keeps compiling short.
     // `length` keys at positions from `position` on, and their values: those that lie in `kv` from `place` on.
     __attribute__((noinline)) void see(const KV& kv, int64_t place, int64_t position, int64_t length) {
         const int64_t end = std::min(length, last[count - 1] + 1 - position);

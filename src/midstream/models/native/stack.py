@@ -19,8 +19,6 @@ from midstream.models.native.deltas import FactorTables, StepDeltas
 from midstream.models.native.products import PackedProduct
 from midstream.models.pool import ForwardPlan, KVPool
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 1}
-
 
 def can_stack(layers: Sequence[FusedLayer]) -> bool:
     """Whether the layers are alike, and all their products ones that the kernels compute."""
@@ -44,8 +42,10 @@ class _Kind(NamedTuple):
 class NativeStack:
     """The layers of one model, on whatever pool the plan has."""
 
-    def __init__(self, library: ctypes.PyDLL, layers: Sequence[FusedLayer]) -> None:
+    def __init__(self, library: ctypes.PyDLL, dtype: torch.dtype, layers: Sequence[FusedLayer]) -> None:
+        """`dtype`: of the numbers that the library is for."""
         self._run = library.midstream_run_layers
+        self._dtype = dtype
         self._layers = tuple(layers)
         self._table = (structs.Layer * len(layers))(*map(_layer, layers))
         products = [linear.parts for layer in layers for linear in layer.linears]
@@ -57,7 +57,7 @@ class NativeStack:
         self._kv = (structs.KV * 0)()
 
     def __call__(self, x: Tensor, positions: tuple[Tensor, Tensor], plan: ForwardPlan, context: DeltaContext) -> bool:
-        if not plan.attention.extents or not x.is_contiguous():
+        if not plan.attention.extents or not x.is_contiguous() or x.dtype != self._dtype:
             return False
         self._use(plan.pool)
         rows = x.shape[0]
@@ -78,7 +78,7 @@ class NativeStack:
             self._layers[0].residual_scale,
             torch.get_num_threads(),
         )
-        self._run(byref(forward), _TYPES[x.dtype])
+        self._run(byref(forward))
         return True
 
     def _use(self, pool: KVPool) -> None:

@@ -95,7 +95,7 @@ def test_preempted_requests_are_answered_as_if_alone(engine: Worker, one: One, t
     together = engine.ask("generate", calls=asked)
     assert engine.ask("metric", name="vllm:num_preemptions") > before
     engine.ask("clear")
-    for call, found in list(zip(asked, together, strict=True))[::2]:
+    for call, found in list(zip(asked, together, strict=True))[::3]:
         assert found["tokens"] == one(call["adapter"], call["prompt"], max_tokens=110)["tokens"]
 
 

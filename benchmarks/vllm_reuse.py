@@ -85,6 +85,7 @@ def _calls(worker: Worker, text: Sequence[int], length: int, library: Path, roun
                 seconds[name].append(ran.seconds)
             cached[name] = len(prompt) - ran.answers[0].computed
     alora, plain = (statistics.median(seconds[name]) for name in (ADAPTER, "plain"))
+    print(f"{length} tokens: {alora * 1e3:.0f} ms as aLoRA, {plain * 1e3:.0f} ms as LoRA, cached {cached}", flush=True)
     return {
         "tokens": length,
         "goal": GOALS.get(length),

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from midstream.config import EngineConfig
+from midstream.engine.engine import AsyncEngine
 from midstream.engine.loop import EngineLoop
 from midstream.errors import EngineStopped
 from midstream.models.kernels import Kernels, TorchKernels
@@ -52,6 +54,42 @@ async def test_a_closed_engine_leaves_the_rest_to_the_next(
         await until(lambda: loaded.pending is None)
         assert_upgraded(loaded, kernels)
         assert_equal(request, await engine.complete(request), reference)
+
+
+async def test_closing_waits_for_what_is_being_prepared(
+    model: Any, pending: Future[Kernels], kernels: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread inside a library must not be there any more when Python ends."""
+    loaded = started(model)
+    begun, go_on, repacked = threading.Event(), threading.Event(), kernels.repacked
+
+    def waiting(product: Product) -> Product:
+        begun.set()
+        assert go_on.wait(60)
+        return repacked(product)
+
+    monkeypatch.setattr(kernels, "repacked", waiting)
+    pending.set_result(kernels)
+    engine = AsyncEngine(loaded, EngineConfig(kv_budget_bytes=8 * 1024**2))
+    await until(begun.is_set)
+    closing = asyncio.create_task(engine.aclose())
+    await asyncio.sleep(0.05)
+    assert not closing.done()
+    go_on.set()
+    await closing
+    assert "midstream-upgrade" not in {thread.name for thread in threading.enumerate()}
+    assert not any(linear.kernels is kernels for linear in linears(loaded))
+
+
+async def test_kernels_that_come_after_the_end_change_nothing(
+    model: Any, pending: Future[Kernels], kernels: Kernels
+) -> None:
+    loaded = started(model)
+    async with running(loaded) as engine:
+        await engine.complete(request_of(None))
+    pending.set_result(kernels)
+    assert "midstream-upgrade" not in {thread.name for thread in threading.enumerate()}
+    assert loaded.pending is not None
 
 
 async def test_a_layer_that_gives_other_numbers_stays(

@@ -213,6 +213,7 @@ class AsyncEngine:
     async def aclose(self) -> None:
         """Stop; running requests end with EngineStopped."""
         await asyncio.to_thread(self._loop.close)
+        await asyncio.to_thread(self._upgrade.close)
 
     # ------------------------------------------------------------------ inside
 

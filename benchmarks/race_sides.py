@@ -131,7 +131,7 @@ def _load(engine: Engine, field: Field, kind: str) -> dict[str, str]:
 @contextmanager
 def served(field: Field, runner: asyncio.Runner) -> Iterator[Sides]:
     """The sides of one vLLM server. Raises Absent, or BackendError where it does not start."""
-    launch, config = _launch(field)
+    launch, config = make_launch(field)
     # Without its development mode vLLM has no way to be told to forget its prefixes.
     apart = {"HF_HUB_OFFLINE": "1", "VLLM_SERVER_DEV_MODE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     outer = {**os.environ, **plugin_environment(field.scratch), **apart}
@@ -148,7 +148,7 @@ def served(field: Field, runner: asyncio.Runner) -> Iterator[Sides]:
         server.close()
 
 
-def _launch(field: Field) -> tuple[Launch, ServerConfig]:
+def make_launch(field: Field) -> tuple[Launch, ServerConfig]:
     """vLLM as `midstream serve --backend vllm` starts it, with all adapters of both kinds. Raises Absent."""
     environment = VllmEnvironment(field.builder.vllm_python(), VLLM, cpu=True)
     adapters = [

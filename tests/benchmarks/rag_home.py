@@ -37,9 +37,14 @@ def make_home(root: Path) -> Path:
         invocation = tiny_chat().encode(f"<|im_start|>{name}\n")
         folder = make_adapter_folder(model, root / name, targets=SEVEN, invocation=invocation, seed=seed)
         (folder / "io.yaml").write_text(contract(name))
+    write_conversations(root)
+    return root
+
+
+def write_conversations(root: Path) -> None:
+    """The mtrag_*.jsonl files."""
     rows = [{"doc_id": name, "title": "", "text": text} for name, text in PASSAGES.items()]
     (root / "mtrag_corpus_tiny.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for split, conversations in SPLITS.items():
         lines = "".join(json.dumps(row) + "\n" for row in conversations)
         (root / f"mtrag_conversations.{split}.jsonl").write_text(lines)
-    return root

@@ -16,7 +16,7 @@ import pytest
 from benchmarks.peers_build import Builder
 from benchmarks.peers_process import WorkerError
 from benchmarks.peers_protocol import Absent
-from benchmarks.race_sides import Field, ServedSide, Sides, embedded, labels, make_launch, served
+from benchmarks.race_sides import KINDS, Field, ServedSide, Sides, embedded, labels, make_launch, served
 from benchmarks.turn_play import Done, Played
 from benchmarks.turn_script import INTRINSICS, Call, Script
 from benchmarks.turn_sides import Answer, Side, plain_copies
@@ -205,7 +205,7 @@ def test_the_embedded_sides_ask_the_same_and_only_aloras_find_the_base_models_kv
     assert not absent
     found = {**race.report(rounds, absent), **race.settings(field, asked)}
     json.dumps(found)
-    alora, lora = (found["sides"][f"embedded-{kind}"] for kind in race.KINDS)
+    alora, lora = (found["sides"][f"embedded-{kind}"] for kind in KINDS)
     assert alora["prompt_tokens"] == lora["prompt_tokens"]
     assert alora["calls"] == lora["calls"] == 2 * 2 * CALLS
     assert alora["hit_rate"]["adapters"] > lora["hit_rate"]["adapters"] > 0
@@ -291,7 +291,7 @@ def test_one_server_has_the_adapters_of_both_kinds(field: Field, tmp_path: Path)
     (tmp_path / "vllm" / ".installed").touch()
     launch, config = make_launch(dataclasses.replace(field, builder=Builder(install=False, root=tmp_path)))
     kinds = {info.name: info.kind for info in launch.adapters}
-    assert kinds == {f"{name}-{kind}": kind for name in INTRINSICS for kind in race.KINDS}
+    assert kinds == {f"{name}-{kind}": kind for name in INTRINSICS for kind in KINDS}
     command = launch.command(config)
     assert command[command.index("--max-loras") + 1] == "12"
     assert command[command.index("--kv-cache-memory-bytes") + 1] == str(8 * 2**20)

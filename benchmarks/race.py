@@ -74,6 +74,7 @@ class Ran:
 
 Rounds = list[list[Ran]]
 """Of one side: in each round, its blocks."""
+Keep = Callable[[Mapping[str, Rounds], Mapping[str, str]], None]
 
 
 def main() -> None:
@@ -95,9 +96,12 @@ def main() -> None:
             builder=Builder(install=not options.no_install),
             scratch=Path(scratch),
         )
-        rounds, absent = compete(field, options)
-    found = {**report(rounds, absent), **settings(field, options)}
-    write(options.json, {**found, "machine": {**before, "load_average_after": round(os.getloadavg()[0], 2)}})
+
+        def keep(rounds: Mapping[str, Rounds], absent: Mapping[str, str]) -> None:
+            after = {**before, "load_average_after": round(os.getloadavg()[0], 2)}
+            write(options.json, {**report(rounds, absent), **settings(field, options), "machine": after})
+
+        compete(field, options, keep)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -139,10 +143,9 @@ def choose(chat: ChatTokenizer, adapters: Mapping[str, Path], options: argparse.
 # ---------------------------------------------------------------------- the race
 
 
-def compete(
-    field: Field, options: argparse.Namespace, engines: Mapping[str, Open] = ENGINES
-) -> tuple[dict[str, Rounds], dict[str, str]]:
-    """The rounds of every side that reached the end, and why others did not, by the side's name."""
+def compete(field: Field, options: argparse.Namespace, keep: Keep, engines: Mapping[str, Open] = ENGINES) -> None:
+    """Race all sides that are asked for. After each engine `keep` gets all that is found till then: the rounds of every
+    side that reached the end, and why others did not, by the side's name."""
     finished: dict[str, Rounds] = {}
     absent: dict[str, str] = {}
     blocks = split(field.scripts, options.block)
@@ -158,7 +161,7 @@ def compete(
             found, failed = {}, dict.fromkeys(wanted, str(error))
         finished |= found
         absent |= failed
-    return finished, absent
+        keep(finished, absent)
 
 
 def split(scripts: Sequence[Script], block: int) -> list[Sequence[Script]]:

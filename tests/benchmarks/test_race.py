@@ -145,6 +145,15 @@ def opened(sides: Sequence[Side]) -> race.Open:
     return start
 
 
+def compete(
+    field: Field, asked: argparse.Namespace, engines: Mapping[str, race.Open]
+) -> list[tuple[dict[str, race.Rounds], dict[str, str]]]:
+    """What is kept after each engine."""
+    kept: list[tuple[dict[str, race.Rounds], dict[str, str]]] = []
+    race.compete(field, asked, lambda rounds, absent: kept.append((dict(rounds), dict(absent))), engines)
+    return kept
+
+
 def refused(_: Field, __: asyncio.Runner) -> AbstractContextManager[Sides]:
     raise Absent("no wheel for this machine")
 
@@ -156,7 +165,8 @@ def test_only_the_chosen_sides_run_and_one_that_cannot_be_had_is_told(home: Path
         "vllm": refused,
     }
     asked = options(home, sides=("embedded-lora", "vllm-alora"))
-    rounds, absent = race.compete(field, asked, engines)
+    after_embedded, (rounds, absent) = compete(field, asked, engines)
+    assert after_embedded == (rounds, {})
     assert rounds.keys() == {"embedded-lora"}
     assert absent == {"vllm-alora": "no wheel for this machine"}
     assert set(diary) == {"embedded-lora"}
@@ -164,7 +174,8 @@ def test_only_the_chosen_sides_run_and_one_that_cannot_be_had_is_told(home: Path
     assert found["absent"] == [{"side": "vllm-alora", "reason": "no wheel for this machine"}]
     assert found["ratio"] == {"embedded": None, "vllm": None}
     # Nothing of vLLM's is asked for where none of its sides is.
-    assert race.compete(field, options(home, sides=("embedded-lora",)), engines)[1] == {}
+    ((_, absent),) = compete(field, options(home, sides=("embedded-lora",)), engines)
+    assert not absent
 
 
 def ran(seconds: float, base: tuple[int, int] = (10, 10), adapter: tuple[int, int] = (10, 10)) -> race.Ran:
@@ -201,7 +212,7 @@ def test_the_report_tells_ratios_and_hit_rates_apart() -> None:
 
 def test_the_embedded_sides_ask_the_same_and_only_aloras_find_the_base_models_kv(home: Path, field: Field) -> None:
     asked = options(home, sides=("embedded-alora", "embedded-lora"), concurrency=2)
-    rounds, absent = race.compete(field, asked, {"embedded": embedded})
+    ((rounds, absent),) = compete(field, asked, {"embedded": embedded})
     assert not absent
     found = {**race.report(rounds, absent), **race.settings(field, asked)}
     json.dumps(found)
@@ -280,7 +291,7 @@ def test_a_server_that_refuses_or_does_not_forget_fails_with_its_words() -> None
 
 def test_vllm_that_is_not_installed_is_told_and_nothing_is_started(home: Path, field: Field) -> None:
     asked = options(home, sides=("vllm-alora", "vllm-lora"))
-    rounds, absent = race.compete(field, asked, {"vllm": served})
+    ((rounds, absent),) = compete(field, asked, {"vllm": served})
     assert not rounds
     assert absent.keys() == {"vllm-alora", "vllm-lora"}
     assert all("is not installed" in reason for reason in absent.values())

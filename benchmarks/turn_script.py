@@ -81,10 +81,13 @@ class Script:
         return held + len(self.turns[-1].required) + max(map(len, self.invocations.values()))
 
 
-def read_rows(folder: Path) -> Iterator[dict[str, Any]]:
-    """The test conversations, each turn with its `passages`: its relevant ones, others where it has none."""
+def read_rows(folder: Path, splits: Sequence[str] = ("test",)) -> Iterator[dict[str, Any]]:
+    """The test conversations, each turn with its `passages`: its relevant ones, others where it has none.
+
+    `splits`: of which files, "test" and "train", where other conversations will do too.
+    """
     corpus = {row["doc_id"]: row for path in sorted(folder.glob("mtrag_corpus_*.jsonl")) for row in _lines(path)}
-    for row in _lines(folder / "mtrag_conversations.test.jsonl"):
+    for row in (row for split in splits for row in _lines(folder / f"mtrag_conversations.{split}.jsonl")):
         for turn in row["turns"]:
             ids = (turn["relevant_doc_ids"] or turn["other_retrieved_doc_ids"])[:MAX_PASSAGES]
             turn["passages"] = [Document(text=corpus[i]["text"], title=corpus[i]["title"], doc_id=i) for i in ids]

@@ -19,7 +19,7 @@ from benchmarks.peers_work import FREE, STEPS, checks, conversation, items, make
 from benchmarks.turn_script import INTRINSICS, Lengths, read_rows, write_script
 
 from benchmarks import peers, peers_chat, turn_script
-from tests.benchmarks.test_turn import CONVERSATION, PASSAGES, contract
+from tests.benchmarks.rag_home import contract, write_conversations
 from tests.tiny import tiny_chat
 
 FAKE = Path(__file__).parent / "peers_fake.py"
@@ -279,9 +279,7 @@ def test_the_command_line_names_what_it_does_not_know(capsys: pytest.CaptureFixt
 
 
 def test_calls_made_at_once_reach_a_worker_together(root: Path, tmp_path: Path) -> None:
-    rows = [{"doc_id": name, "title": "", "text": text} for name, text in PASSAGES.items()]
-    (tmp_path / "mtrag_corpus_tiny.jsonl").write_text("".join(json.dumps(found) + "\n" for found in rows))
-    (tmp_path / "mtrag_conversations.test.jsonl").write_text(json.dumps(CONVERSATION) + "\n")
+    write_conversations(tmp_path)
     plan = make_plan(root, {"seconds": 0.5}, ["chat"], [])
     script = write_script(next(read_rows(tmp_path)), tiny_chat(), plan.launcher.infos, 2, Lengths(6, 3))
     equality = Equality(frozenset())

@@ -17,44 +17,17 @@ from benchmarks.turn_script import CHECKS, INTRINSICS, Lengths, Script, read_row
 from benchmarks.turn_sides import EngineSide, PeftSide, parted
 
 from midstream.session import Engine
-from tests.helpers import SEVEN, make_adapter_folder, tiny_llama
-from tests.tiny import save_tiny_tokenizer, tiny_chat, tiny_engine
+from tests.benchmarks.rag_home import make_home
+from tests.helpers import tiny_llama
+from tests.tiny import tiny_chat, tiny_engine
 
 LENGTHS = Lengths(answer=6, rewrite=3)
 TURNS = 2
-PASSAGES = {"a": "It opens at nine.", "b": "It closes at five.", "c": "It is in the old town.", "d": "Cats."}
-CONVERSATION = {
-    "id": "tiny-1",
-    "turns": [
-        {"user": "When?", "answer": "Nine.", "relevant_doc_ids": ["a", "b"], "other_retrieved_doc_ids": ["d"]},
-        {"user": "Where?", "answer": "Town.", "relevant_doc_ids": [], "other_retrieved_doc_ids": ["c"]},
-    ],
-}
-
-
-def contract(name: str) -> str:
-    if name == "query_rewrite":
-        schema: dict[str, Any] = {"type": "object", "properties": {"rewritten_question": {"type": "string"}}}
-    else:
-        schema = {"type": "string", "enum": ["yes", "no"]}
-    instruction = "'Requirement: {requirement}'" if name == "requirement_check" else "null"
-    return f"model: null\nresponse_format: '{json.dumps(schema)}'\ninstruction: {instruction}\ntransformations: null\n"
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("turn")
-    model = tiny_llama()
-    model.save_pretrained(root / "model")
-    save_tiny_tokenizer(root / "model")
-    for seed, name in enumerate(INTRINSICS):
-        invocation = tiny_chat().encode(f"<|im_start|>{name}\n")
-        folder = make_adapter_folder(model, root / name, targets=SEVEN, invocation=invocation, seed=seed)
-        (folder / "io.yaml").write_text(contract(name))
-    rows = [{"doc_id": name, "title": "", "text": text} for name, text in PASSAGES.items()]
-    (root / "mtrag_corpus_tiny.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (root / "mtrag_conversations.test.jsonl").write_text(json.dumps(CONVERSATION) + "\n")
-    return root
+    return make_home(tmp_path_factory.mktemp("turn"))
 
 
 @pytest.fixture(scope="module")

@@ -103,8 +103,8 @@ def test_preempted_requests_are_answered_as_if_alone(engine: Worker, one: One, t
 def test_several_answers_to_one_prompt(one: One, peft: Reference, tokenizer: Any) -> None:
     # Without a seed: seeded requests whose prompt is read in parts end vLLM's CPU engine, with or without the plugin.
     call = calls(tokenizer, TOKENS)[0]
-    # So hot that nobody would see four equal ones.
-    found = one(call["adapter"], call["prompt"], max_tokens=TOKENS, temperature=5.0, n=4)
+    # So hot and long that nobody would see five equal ones.
+    found = one(call["adapter"], call["prompt"], max_tokens=4 * TOKENS, temperature=2.0, n=5)
     assert len({tuple(tokens) for tokens in found["tokens"]}) > 1
     for number, tokens in enumerate(found["tokens"]):
         assert found["logprobs"][number] == pytest.approx(peft.judged(call, tokens)[1], abs=1e-3)

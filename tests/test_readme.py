@@ -114,3 +114,12 @@ def test_the_turns_figures_are_those_of_the_results() -> None:
         held = found["kv"][side]["end_bytes"] / 1e6
         stated = f"| {found[f'{side}_s']:.1f} | {times} | {held:,.0f} MB |"
         assert stated in README, stated
+
+
+def test_the_plugins_figures_are_those_of_the_results() -> None:
+    found = json.loads((ROOT / "benchmarks" / "results" / "vllm_reuse.json").read_text(encoding="utf-8"))
+    for call in found["calls"]:
+        times = f"{1e3 * call['lora_s']:,.0f} ms | {1e3 * call['alora_s']:,.0f} ms | {call['times_sooner']:.1f} |"
+        assert f"| {call['tokens']:,} | {call['alora_cached']:,} | {times}" in README
+        assert call["alora_cached"] == call["tokens"] // 32 * 32
+        assert call["lora_cached"] == 0

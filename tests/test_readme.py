@@ -123,3 +123,16 @@ def test_the_plugins_figures_are_those_of_the_results() -> None:
         assert f"| {call['tokens']:,} | {call['alora_cached']:,} | {times}" in README
         assert call["alora_cached"] == call["tokens"] // 32 * 32
         assert call["lora_cached"] == 0
+
+
+def test_the_races_figures_are_those_of_the_results() -> None:
+    found = json.loads((ROOT / "benchmarks" / "results" / "race.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    for side in found["sides"].values():
+        hits = (f"{100 * side['hit_rate'][kind]:.0f} %" for kind in ("base", "adapters"))
+        assert f"| {side['s']:.1f} s | {' | '.join(hits)} |" in page
+    ratios = found["ratio"]
+    assert (
+        f"{ratios['embedded']['median']:.1f} times as fast on midstream and {ratios['vllm']['median']:.1f} times"
+        in page
+    )

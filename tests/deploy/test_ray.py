@@ -29,7 +29,7 @@ def test_it_compiles() -> None:
     compile(TEXT, str(FILE), "exec")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray[serve]")
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs pip install 'ray[serve]'")
 def test_ray_takes_it() -> None:
     from ray.serve._private.constants import SERVE_SESSION_ID
 

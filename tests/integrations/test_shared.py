@@ -31,7 +31,7 @@ def test_a_distribution_carries_the_source_with_other_imports_only(tmp_path: Pat
 
 
 def test_a_wheel_carries_them(tmp_path: Path) -> None:
-    pytest.importorskip("setuptools")
+    pytest.importorskip("setuptools", reason="needs pip install setuptools")
     # A checkout of its own, for building leaves files behind.
     project = tmp_path / "integrations" / "vllm"
     shutil.copytree(PLUGIN, project)

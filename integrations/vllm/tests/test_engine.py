@@ -101,7 +101,7 @@ def test_preempted_requests_are_answered_as_if_alone(engine: Worker, one: One, t
 
 @pytest.mark.newest
 def test_several_answers_to_one_prompt(one: One, peft: Reference, tokenizer: Any) -> None:
-    # Without a seed: seeded requests whose prompt is read in parts end vLLM's CPU engine, with or without the plugin.
+    # Without a seed: seeded requests whose prompt is read in parts end vLLM's CPU engine.
     call = calls(tokenizer, TOKENS)[0]
     # So hot and long that nobody would see five equal ones.
     found = one(call["adapter"], call["prompt"], max_tokens=4 * TOKENS, temperature=2.0, n=5)

@@ -83,6 +83,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=160, help="to train on, a fifth of them for validation")
     parser.add_argument("--test-rows", type=int, default=200)
     parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the base model")
     parser.add_argument("--arms", type=_arms, default=ARMS, help="such as 'lora 32 all-linear,alora 32 all-linear'")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no further run after so long")
     parser.add_argument("--runs", type=Path, default=Path("benchmarks/results/parity_runs.jsonl"))
@@ -94,7 +95,7 @@ def main() -> None:
         print(table(summary))
         return
     deadline = time.monotonic() + 60 * arguments.minutes
-    network, chat = load_network(DEFAULT_MODEL)
+    network, chat = load_network(DEFAULT_MODEL, dtype=arguments.dtype)
     for name in arguments.tasks.split(","):
         subset = load(name, arguments, chat)
         base_kv = BaseKV(network, memory_bytes=6 * 2**30)
@@ -146,7 +147,7 @@ def study(
             **asdict(arm),
             "rate": rate,
             "seed": seed,
-            "size": {name: getattr(arguments, name) for name in ("rows", "test_rows", "epochs")},
+            "size": _size(arguments),
             "train_rows": len(subset.training),
             "validation_loss": min(entry["validation_loss"] for entry in result.history),
             "train_s": round(trained, 1),
@@ -284,11 +285,14 @@ def _parse(name: str) -> Arm:
     return replace(Arm(kind, 0, targets), rank=int(rank))
 
 
+def _size(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in ("rows", "test_rows", "epochs", "dtype")}
+
+
 def _read(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """The runs on subsets of the size asked for, each once."""
     lines = arguments.runs.read_text().splitlines() if arguments.runs.is_file() else []
-    wanted = {name: getattr(arguments, name) for name in ("rows", "test_rows", "epochs")}
-    runs = [run for run in map(json.loads, lines) if run["size"] == wanted]
+    runs = [run for run in map(json.loads, lines) if {"dtype": "float32", **run["size"]} == _size(arguments)]
     return list({json.dumps([run[key] for key in _KEY]): run for run in runs}.values())
 
 

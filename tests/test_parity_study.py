@@ -65,8 +65,9 @@ def test_a_difference_of_exactly_the_margin_is_within_it() -> None:
 def test_runs_of_another_size_do_not_count_and_none_counts_twice(tmp_path: Path) -> None:
     run = make(Arm("lora", 8, "attention"), 1e-3, 0, 1.0)
     rows = [run, run, {**run, "size": {**SIZE, "rows": 32}, "seed": 1}]
+    rows.append({**run, "size": {**SIZE, "dtype": "bfloat16"}, "seed": 2})
     (tmp_path / "runs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    arguments = argparse.Namespace(runs=tmp_path / "runs.jsonl", **SIZE)
+    arguments = argparse.Namespace(runs=tmp_path / "runs.jsonl", dtype="float32", **SIZE)
     assert _read(arguments) == [run]
 
 

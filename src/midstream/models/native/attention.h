@@ -290,8 +290,9 @@ void attend_heads_in_team(Team& team, const Attention& a) {
     const int64_t heads = a.kv_heads;
     team.both(
         a.num_blocks * heads, [&](int64_t i) { attend_block<T, DIM>(a, a.blocks[i / heads], int(i % heads)); },
-        a.num_chunks * heads, [&](int64_t i) { attend_chunk<T, DIM>(a, a.chunks[i / heads], int(i % heads)); });
-    team.rows(a.num_merged * a.heads, [&](int64_t i) { merge<T, DIM>(a, i / a.heads, i % a.heads); });
+        a.num_chunks * heads,
+        [&](int64_t i) { attend_chunk<T, DIM>(a, a.chunks[i % a.num_chunks], int(i / a.num_chunks)); });
+    if (a.num_merged) team.rows(a.num_merged * a.heads, [&](int64_t i) { merge<T, DIM>(a, i / a.heads, i % a.heads); });
 }
 
 // The same for heads of one of these sizes; false, with nothing done, for others.

@@ -83,8 +83,7 @@ void product_in_team(Team& team, const Weight& w, const T* x, void* y, int64_t r
     const int64_t most = CACHED / int64_t(w.in * sizeof(T)) / TILE * TILE, cached = most < TILE ? TILE : most;
     const int64_t blocks = (rows + cached - 1) / cached, even = (rows + blocks - 1) / blocks;
     const int64_t block = (even + TILE - 1) / TILE * TILE;
-    const int64_t share = panels / (8 * team.count), grain = share < 1 ? 1 : share > 8 ? 8 : share;
-    team.each(blocks * panels, grain, [&](int64_t unit) {
+    team.each(blocks * panels, [&](int64_t unit) {
         const int64_t first = unit / panels * block, left = rows - first;
         if (left <= 0) return;
         void* to = (char*)y + first * w.out * size;

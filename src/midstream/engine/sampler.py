@@ -26,13 +26,18 @@ def make_generator(params: SamplingParams, index: int) -> torch.Generator | None
 def choose(logits: Tensor, params: SamplingParams, generator: torch.Generator | None) -> int:
     """A token id from logits [vocab] (float32): greedy, or temperature then top-k, top-p and min-p."""
     if generator is None:
-        return int(torch.argmax(logits))
+        return _largest(logits)
     # In float64, and the largest at 0: any temperature above 0 then gives a distribution.
     scaled = (logits.double() - logits.max()) / params.temperature
     probabilities = _kept(torch.softmax(scaled, dim=0), params)
     # Drawn in the order of the vocabulary: in that of likelihood, two tokens that are all but equally likely change
     # places with the last bit of their logits, and with them what the same seed draws.
     return int(torch.multinomial(probabilities.cpu(), 1, generator=generator))
+
+
+def _largest(logits: Tensor) -> int:
+    # NumPy finds it several times faster than torch, and the first of equal ones.
+    return int(logits.numpy().argmax()) if logits.device.type == "cpu" else int(torch.argmax(logits))
 
 
 def _kept(probabilities: Tensor, params: SamplingParams) -> Tensor:

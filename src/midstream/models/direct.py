@@ -14,6 +14,7 @@ from midstream.models.attention_plan import AttentionPlan, RowSegment
 from midstream.models.fusions import FusedRMSNorm
 from midstream.models.kernels import Kernels
 from midstream.models.pool import ForwardPlan, KVPool
+from midstream.models.rotary import Rotary, tabled
 from midstream.models.stack import FusedStack
 
 # Models that do nothing around their layers but what DirectCall does.
@@ -52,7 +53,7 @@ class DirectCall:
     """The same for a model whose layers are one stack, without the checks that a step of few rows would wait for."""
 
     embedding: nn.Embedding
-    rotary: nn.Module
+    rotary: Rotary
     stack: FusedStack
     norm: FusedRMSNorm
     head: nn.Module
@@ -82,7 +83,7 @@ def direct_call(network: Any, kernels: Kernels) -> DirectCall | None:
         return None
     return DirectCall(
         embedding=inner.embed_tokens,
-        rotary=inner.rotary_emb,
+        rotary=tabled(inner.rotary_emb, network.device),
         stack=inner.layers[0],
         norm=inner.norm,
         head=network.lm_head,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -57,6 +58,8 @@ class ExtentCall:
 
     def cut(self, rows: int) -> Tensor:
         """`blocks` in pieces of at most `rows` rows. Those at the last positions, which see most, come first."""
+        if not len(self.blocks):
+            return self.blocks
         pieces: list[tuple[int, ...]] = []
         for row, count, position, *spans in self.blocks.tolist():
             pieces += [(row + at, min(rows, count - at), position + at, *spans) for at in range(0, count, rows)]
@@ -99,21 +102,23 @@ class ExtentBuilder:
         first = [0]
         for row in numbers:
             first.append(first[-1] + len(self._partials[row]))
+        chunks, blocks, spans = (list(chain.from_iterable(t)) for t in (self._chunks, self._blocks, self._spans))
+        partials = [p for row in numbers for p in self._partials[row]]
+        # One tensor, cut: making seven takes a step of one row longer than attending does.
+        lists = (chunks, self._chunk_rows, numbers, first, partials, blocks, spans)
+        whole = torch.tensor(list(chain.from_iterable(lists)), dtype=torch.long)
+        parts = whole.split([len(numbers) for numbers in lists])
         return ExtentCall(
-            chunks=_table(self._chunks, 6),
-            chunk_rows=_list(self._chunk_rows),
-            merge_rows=_list(numbers),
-            merge_first=_list(first),
-            merge_partial=_list([p for row in numbers for p in self._partials[row]]),
+            chunks=parts[0].view(-1, 6),
+            chunk_rows=parts[1],
+            merge_rows=parts[2],
+            merge_first=parts[3],
+            merge_partial=parts[4],
             num_partials=self._num_partials,
-            blocks=_table(self._blocks, 5),
-            spans=_table(self._spans, 3),
+            blocks=parts[5].view(-1, 5),
+            spans=parts[6].view(-1, 3),
             window=self._window,
         )
-
-
-def _list(numbers: Sequence[int]) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.long)
 
 
 def _table(rows: Sequence[tuple[int, ...]], width: int) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from midstream.models.native.products import PackedProduct
-from midstream.models.products import Product, WeightKind, quantized
+from midstream.models.products import Held, Int8Weight, Product, WeightKind, quantized
 from tests.models.native import DTYPES, assert_follows, native, needs_compiler, packed, random, threads
 
 pytestmark = needs_compiler
@@ -126,18 +126,6 @@ def test_a_rows_result_is_the_same_whatever_rows_are_beside_it(kind: WeightKind 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_two_threads_give_the_same_numbers(kind: WeightKind | None, dtype: torch.dtype) -> None:
-    product = packed(*layer(1000, 600, dtype), kind)
-    for rows in (1, 13, 600):
-        x = random(rows, 600, seed=2, dtype=dtype)
-        with threads(2):
-            found = product(x)
-        with threads(1):
-            assert torch.equal(found, product(x))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 12, 13, 40])
 def test_outputs_of_eight_bit_weights_that_are_zero(rows: int, dtype: torch.dtype) -> None:
     weight, bias = layer(40, 50, dtype)
@@ -166,3 +154,31 @@ def test_the_weight_given_is_not_needed_any_more(kind: WeightKind | None) -> Non
     before = product(x)
     weight.zero_()
     assert torch.equal(product(x), before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_eight_bit_number_is_multiplied_exactly(dtype: torch.dtype) -> None:
+    """Each by itself, in every place of a step: 32 columns, two in depth."""
+    numbers = torch.arange(-127, 128, dtype=torch.int8)
+    depth, out = 2, 64
+    for rows in (1, 7, 40):
+        for number in numbers.tolist():
+            weight = Int8Weight(torch.full((out, depth), number, dtype=torch.int8), torch.ones(out))
+            product = PackedProduct(native(dtype)._library, dtype, Held(weight, None, True))
+            x = torch.tensor([[1.0, 2.0], [1.0, 0.0], [0.0, 1.0]], dtype=dtype).repeat(14, 1)[:rows]
+            assert torch.equal(product(x), number * x.float().sum(1, keepdim=True).expand(rows, out))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_number_of_threads_does_all_of_a_product(kind: WeightKind | None, dtype: torch.dtype) -> None:
+    """More of them than panels, than cores, and so many that some are without work and take that of others."""
+    for rows, out in ((1, 33), (1, 1000), (13, 500), (900, 70)):
+        weight, bias = layer(out, 576, dtype)
+        product, x = packed(weight, bias, kind), random(rows, 576, seed=2, dtype=dtype)
+        with threads(1):
+            expected = product(x)
+        for count in (2, 3, 5, 16):
+            with threads(count):
+                for _ in range(20):
+                    assert torch.equal(product(x), expected)

@@ -35,14 +35,17 @@ class Vllm:
         builder = Builder()
         return cls(version, builder.vllm_python(version), tuple(builder.vllm_preloads(version)), scratch)
 
-    def environment(self) -> dict[str, str]:
-        """The process's environment. The plugin is the checkout's, and is found as an installed one is."""
+    def environment(self, ranks: int = 1) -> dict[str, str]:
+        """The process's environment. The plugin is the checkout's, and is found as an installed one is.
+
+        Each of several tensor-parallel `ranks` has a core.
+        """
         threads = min(2, os.cpu_count() or 1)
         return {
             **plugin_environment(self.scratch),
             "OMP_NUM_THREADS": str(threads),
             "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}",
+            "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}" if ranks == 1 else "|".join(map(str, range(ranks))),
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
@@ -54,7 +57,8 @@ class Vllm:
         """An engine behind vLLM's offline `LLM`."""
         command = [str(self.python), str(PLUGIN / "tests" / "side.py")]
         log = self.scratch / f"offline-{len(list(self.scratch.glob('*.log')))}.log"
-        with Worker(command, log=log, env=self.environment(), timeout_s=300) as worker:
+        environment = self.environment(options.get("tensor_parallel_size", 1))
+        with Worker(command, log=log, env=environment, timeout_s=300) as worker:
             assert worker.ask("load", options=options) == self.version
             yield worker
 

@@ -9,26 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
 
-from tests.helpers import tiny_llama
-from tests.scale.replicas import needs_haproxy, routed
-from tests.server.running import write_adapters
+from tests.scale.replicas import routed
 from tests.server.test_ending import process
-from tests.tiny import save_tiny_tokenizer
 
 CONVERSATIONS = [f"{number}. Is {number * 91} a prime?" for number in range(6)]
 NAMES = ["jailbreak", "answerability"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    needs_haproxy()
-    root = tmp_path_factory.mktemp("model")
-    tiny_llama().save_pretrained(root / "tiny")
-    save_tiny_tokenizer(root / "tiny")
-    write_adapters(root / "adapters")
-    return root
 
 
 def talk(client: httpx.Client, opening: str) -> list[Any]:

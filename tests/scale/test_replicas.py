@@ -17,26 +17,14 @@ from midstream.engine.engine import AsyncEngine
 from midstream.remote import RemoteBackend
 from midstream.remote.affinity import SESSION_HEADER
 from midstream.types import Chat, Completion, Message, Request, SamplingParams
-from tests.helpers import tiny_llama
-from tests.scale.replicas import Heard, Routed, needs_haproxy, routed
-from tests.server.running import make_engine, write_adapters
-from tests.tiny import save_tiny_tokenizer
+from tests.scale.replicas import Heard, Routed, routed
+from tests.server.running import make_engine
 
 TURNS = 2
 CONVERSATIONS = [f"{number}. What do you know about the number {number * 37}?" for number in range(6)]
 # Long enough that whoever kills a server after its first tokens finds it in the middle of the answer.
 PARAMS = SamplingParams(max_tokens=30, ignore_eos=True)
 LABEL = SamplingParams(max_tokens=4, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    needs_haproxy()
-    root = tmp_path_factory.mktemp("model")
-    tiny_llama().save_pretrained(root / "tiny")
-    save_tiny_tokenizer(root / "tiny")
-    write_adapters(root / "adapters")
-    return root
 
 
 @contextmanager

@@ -50,7 +50,9 @@ class Share {
     static constexpr int BITS = 24;
     static constexpr uint64_t MOST = (uint64_t(1) << BITS) - 1;
 
-    alignas(64) std::atomic<uint64_t> taken = UINT64_MAX;  // of no loop
+    // From the lowest bits: pieces taken from the front, from the back, and the loop's phase, of which sixteen bits are
+    // enough: a step has some hundreds of loops.
+    alignas(64) std::atomic<uint64_t> taken = 0;
 };
 
 // One of the threads. All of them call the same functions in the same order.

@@ -1,20 +1,23 @@
 // The low-rank deltas of adapters: y += scale * B (A x), for the rows that each adapter owns.
 #pragma once
 
+#include <type_traits>
+
 #include "product.h"
 
-// One adapter's factors of one linear layer, packed, and where its outputs stand in the product's rows.
+// One adapter's factor B of one linear layer, packed, and where its outputs stand in the product's rows.
 struct Factor {
-    const void* a;  // panels of [in, depth]
     const void* b;  // panels of [depth, out]
     int64_t depth;  // the rank, made even
     int64_t out, offset;
-    int64_t down;  // the first of its columns in the scratch memory
+    int64_t down;  // the first of its columns of A x
     float scale;
 };
 
-// One adapter's factors of one product: one for each linear layer in it that the adapter changes.
+// One adapter's factors of one product: of the linear layers in it that the adapter changes.
 struct Factors {
+    const void* a;  // panels of [in, width]: theirs side by side, as all multiply the same x
+    int64_t width;
     const Factor* first;
     int64_t count;
 };
@@ -43,65 +46,72 @@ class ProductDeltas {
 
     // For all threads of a team: A x. Others may be at it still when this one is done.
     void down(Team& team, const T* x) const {
-        share(team, 1, [](const Factor& f) { return f.depth; }, [&](const Unit& u) { down(u, x); });
+        const auto all = [](const Factors& factors, auto with) { with(factors, factors.width); };
+        share(team, 1, all, [&](const auto& unit) { down(unit, x); });
     }
 
     // For all threads of a team, which have waited for one another since: y += scale * B (A x), done when all are.
     void up(Team& team, T* y) const {
-        share(team, DELTA_PANELS, [](const Factor& f) { return f.out; }, [&](const Unit& u) { up(u, y); });
+        const auto each_one = [](const Factors& factors, auto with) {
+            for (const Factor* f = factors.first; f < factors.first + factors.count; f++) with(*f, f->out);
+        };
+        share(team, DELTA_PANELS, each_one, [&](const auto& unit) { up(unit, y); });
         team.wait();
     }
 
   private:
     // Rows of one adapter, and a panel of one of its factors.
+    template <typename F>
     struct Unit {
-        const Factor& factor;
+        const F& factor;
         int64_t row, rows;
         int64_t place;  // of its first row in the scratch memory
         int64_t panel;
     };
 
     // visit(unit) for this thread's share: neighbours, so that what is asked for ahead is its own.
-    template <typename Columns, typename Visit>
-    void share(const Team& team, int64_t grain, Columns columns, Visit visit) const {
+    template <typename Parts, typename Visit>
+    void share(const Team& team, int64_t grain, Parts parts, Visit visit) const {
         int64_t total = 0;
-        each(grain, columns, [&](const Factor&, int64_t, int64_t, int64_t, int64_t, int64_t) { total++; });
+        each(grain, parts, [&](const auto&, int64_t) { total++; });
         const int64_t first = total * team.me / team.count, end = total * (team.me + 1) / team.count;
         int64_t number = 0;
-        each(grain, columns, [&](const Factor& f, int64_t row, int64_t rows, int64_t place, int64_t panel, int64_t last) {
+        each(grain, parts, [&](auto unit, int64_t last) {
             if (number >= first && number < end)
-                for (int64_t p = panel; p < last; p++) visit({f, row, rows, place, p});
+                for (; unit.panel < last; unit.panel++) visit(unit);
             number++;
         });
     }
 
-    // found(factor, row, rows, place, first panel, end) for all units, those of a factor's panels beside one another.
-    template <typename Columns, typename Found>
-    void each(int64_t grain, Columns columns, Found found) const {
+    // found(unit of the first panel, end of the panels) for all pieces of work, those of a factor's panels beside one
+    // another; parts(factors, with) calls with(factor, columns).
+    template <typename Parts, typename Found>
+    void each(int64_t grain, Parts parts, Found found) const {
         int64_t before = 0;
         for (const Owned* o = d.owned; o < d.owned + d.num_owned; o++) {
-            const Factors& factors = o->products[product];
-            for (const Factor* f = factors.first; f < factors.first + factors.count; f++) {
-                const int64_t panels = (columns(*f) + PANEL - 1) / PANEL;
+            parts(o->products[product], [&](const auto& factor, int64_t columns) {
+                const int64_t panels = (columns + PANEL - 1) / PANEL;
                 for (int64_t row = o->start; row < o->end; row += DELTA_ROWS)
-                    for (int64_t panel = 0; panel < panels; panel += grain)
-                        found(*f, row, std::min(o->end - row, DELTA_ROWS), before + row - o->start, panel,
+                    for (int64_t panel = 0; panel < panels; panel += grain) {
+                        const int64_t rows = std::min(o->end - row, DELTA_ROWS), place = before + row - o->start;
+                        found(Unit<std::decay_t<decltype(factor)>>{factor, row, rows, place, panel},
                               std::min(panel + grain, panels));
-            }
+                    }
+            });
             before += o->end - o->start;
         }
     }
 
-    void down(const Unit& u, const T* x) const {
+    void down(const Unit<Factors>& u, const T* x) const {
         const int64_t column = u.panel * PANEL;
-        T* to = (T*)d.down + u.place * d.down_width + u.factor.down + column;
+        T* to = (T*)d.down + u.place * d.down_width + column;
         multiply_rows(x + u.row * in, in, u.rows, (const T*)u.factor.a + column * in, in,
                       [&](int64_t r, vf left, vf right) {
-                          put_panel(to + r * d.down_width, left, right, u.factor.depth - column);
+                          put_panel(to + r * d.down_width, left, right, u.factor.width - column);
                       });
     }
 
-    void up(const Unit& u, T* y) const {
+    void up(const Unit<Factor>& u, T* y) const {
         const Factor& f = u.factor;
         const int64_t column = u.panel * PANEL;
         T* to = y + u.row * width + f.offset + column;

@@ -19,7 +19,8 @@ from midstream.models.native.pack import depth_step, panels
 class AdapterFactors:
     """One adapter's factors of some products, each of several linear layers. `width`: of the widest product's A x.
 
-    They lie one behind the other in the order of their use, as the kernels ask for what lies behind what they read.
+    They lie one behind the other in the order of their use, as the kernels ask for what lies behind what they read; the
+    factors A of one product side by side, so that small ranks fill panels together.
     """
 
     def __init__(self, weights: Mapping[str, LoraWeights], products: Sequence[Sequence[Part]], columns: int) -> None:
@@ -27,27 +28,26 @@ class AdapterFactors:
         self._packed: list[Tensor] = []
         self._size = 0  # of the packed ones, in bytes
         self._kept: list[object] = []  # the table points into these
-        self.width = 0
         found = [self._product(weights, parts) for parts in products]
         memory = torch.cat(self._packed) if self._packed else torch.empty(0)
         self._packed = []
         self._kept.append(memory)
-        self.table = (structs.Factors * len(products))(*(self._placed(f, memory) for f in found))
+        self.width = max((factors.width for factors, _ in found), default=0)
+        self.table = (structs.Factors * len(products))(*(self._placed(*each, memory) for each in found))
 
-    def _product(self, weights: Mapping[str, LoraWeights], parts: Sequence[Part]) -> list[structs.Factor]:
+    def _product(
+        self, weights: Mapping[str, LoraWeights], parts: Sequence[Part]
+    ) -> tuple[structs.Factors, list[structs.Factor]]:
         """Its factors, which lie at offsets from where the memory will be."""
         adapted = [(weights[part.path], part) for part in parts if part.path in weights]
-        rows = [self._pack(each.a) for each, _ in adapted]
-        down = 0
+        padded = [_padded(each) for each, _ in adapted]
+        joined = self._pack(torch.cat([a for a, _ in padded])) if padded else 0
         found: list[structs.Factor] = []
-        for (each, part), a in zip(adapted, rows, strict=True):
-            padding = -each.a.shape[0] % depth_step(each.a.dtype)
-            depth = each.a.shape[0] + padding
-            b = self._pack(F.pad(each.b, (0, padding)))
-            found.append(structs.Factor(a, b, depth, part.out, part.offset, down, each.scale))
-            down += depth
-        self.width = max(self.width, down)
-        return found
+        down = 0
+        for (each, part), (a, b) in zip(adapted, padded, strict=True):
+            found.append(structs.Factor(self._pack(b), len(a), part.out, part.offset, down, each.scale))
+            down += len(a)
+        return structs.Factors(joined, down, None, len(found)), found
 
     def _pack(self, factor: Tensor) -> int:
         packed = panels(factor, factor.dtype, self._columns).flatten()
@@ -55,13 +55,20 @@ class AdapterFactors:
         offset, self._size = self._size, self._size + packed.nbytes
         return offset
 
-    def _placed(self, found: Sequence[structs.Factor], memory: Tensor) -> structs.Factors:
+    def _placed(self, factors: structs.Factors, found: Sequence[structs.Factor], memory: Tensor) -> structs.Factors:
         for factor in found:
-            factor.a = memory.data_ptr() + (factor.a or 0)
             factor.b = memory.data_ptr() + (factor.b or 0)
-        factors = (structs.Factor * len(found))(*found)
-        self._kept.append(factors)
-        return structs.Factors(ctypes.addressof(factors), len(found))
+        each = (structs.Factor * len(found))(*found)
+        self._kept.append(each)
+        factors.a = memory.data_ptr() + (factors.a or 0)
+        factors.first = ctypes.addressof(each)
+        return factors
+
+
+def _padded(weights: LoraWeights) -> tuple[Tensor, Tensor]:
+    """A [depth, in] and B [out, depth] with the rank made what a step in depth wants."""
+    padding = -weights.a.shape[0] % depth_step(weights.a.dtype)
+    return F.pad(weights.a, (0, 0, 0, padding)), F.pad(weights.b, (0, padding))
 
 
 class FactorTables:

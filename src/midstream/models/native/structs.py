@@ -50,14 +50,19 @@ class Weight(ctypes.Structure):
 
 class Factor(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("a", "b")),
+        ("b", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("depth", "out", "offset", "down")),
         ("scale", ctypes.c_float),
     )
 
 
 class Factors(ctypes.Structure):
-    _fields_ = (("first", ctypes.c_void_p), ("count", ctypes.c_int64))
+    _fields_ = (
+        ("a", ctypes.c_void_p),
+        ("width", ctypes.c_int64),
+        ("first", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+    )
 
 
 class Owned(ctypes.Structure):

@@ -257,12 +257,17 @@ def test_a_process_that_ends_first_leaves_a_library(
 ) -> None:
     calls = compiler(WAITING.format(go=tmp_path / "go", library=library))
     program = "from midstream.models.native.kernels import *; start_kernels(torch.float32, torch.device('cpu'), [32]); "
-    with subprocess.Popen(
-        [sys.executable, "-c", program + "import sys; sys.stdin.read()"], stdin=subprocess.PIPE
-    ) as it:
-        wait_for(lambda: compilations(calls) > 0)
-        it.send_signal(signal.SIGINT)
-        it.wait(timeout=60)
+    # Not one long wait: a signal that comes just before it would be seen only after it.
+    program += "import time; print('started', flush=True)\nwhile True: time.sleep(0.05)"
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as it:
+        try:
+            assert it.stdout is not None
+            assert it.stdout.readline() == "started\n"
+            wait_for(lambda: compilations(calls) > 0)
+            it.send_signal(signal.SIGINT)
+            it.wait(timeout=60)
+        finally:
+            it.kill()
     assert [path.stat().st_size for path in files(cache)] == [0]
     (tmp_path / "go").touch()
     (lock,) = cache.glob("*.lock")

@@ -82,3 +82,10 @@ def test_some_of_the_arms_can_be_studied_alone() -> None:
     assert "difference" not in summarise(runs, two[:1])["tasks"]["jailbreak"]
     with pytest.raises(ValueError, match="lora 7 all-linear"):
         _arms("lora 7 all-linear")
+
+
+@pytest.mark.parametrize("name", ["parity", "parity_800"])
+def test_the_page_on_training_states_the_results(name: str) -> None:
+    root = Path(__file__).parent.parent
+    summary = json.loads((root / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    assert table(summary) in (root / "docs" / "train.md").read_text(encoding="utf-8")
